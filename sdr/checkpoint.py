@@ -1,0 +1,251 @@
+"""Weights: safetensors with configuration, preprocessing, metrics and a hash inside; FTCN checkpoints converted.
+
+Loading never executes code from a file: our own weights are safetensors, and a foreign checkpoint is read with
+``torch.load(weights_only=True)``.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdr.config import FTCNConfig, SDRConfig, ftcn_released, with_fields
+from sdr.errors import SDRError
+from sdr.files import write_atomic
+from sdr.ftcn import FTCN
+from sdr.model import SDRModel
+from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
+
+FORMAT = "sdr-1"
+DEMONSTRATION = Path(__file__).with_name("demonstration.safetensors")
+MODELS = {"FTCN": (FTCN, FTCNConfig), "SDRModel": (SDRModel, SDRConfig)}
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What a weights file says of itself.
+
+    Args:
+        origin: one sentence: where the weights come from.
+        synthetic: trained on synthetic videos, so that they detect nothing real.
+        metrics: name to figure, measured when the weights were made.
+        training: settings of the run that made them.
+    """
+
+    origin: str = ""
+    synthetic: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def save_weights(path: str | Path, model: FTCN | SDRModel, info: WeightsInfo) -> None:
+    """Write the model's parameters and buffers, with everything that is needed to run it, atomically."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = model.config
+    preprocessing = {
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "image_size": config.image_size,
+        "num_frames": config.num_frames,
+    }
+    metadata = {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "config": json.dumps(asdict(config)),
+        "preprocessing": json.dumps(preprocessing),
+        "info": json.dumps(asdict(info)),
+        "sha256": digest(tensors),
+    }
+    write_atomic(path, save(tensors, metadata))
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file written by :func:`save_weights`, its hash checked.
+
+    Raises:
+        SDRError: missing, not safetensors, damaged, or not ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise SDRError(path, "no such weights file" if not path.exists() else "is not a regular file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        hint = "a .pth of FTCN is read by `sdr convert`" if is_torch_file(path) else ""
+        raise SDRError(path, f"is not a readable safetensors file: {error}".split("\n")[0], hint) from error
+    if metadata.get("format") != FORMAT:
+        raise SDRError(path, f"has format {metadata.get('format')!r}, expected {FORMAT!r}")
+    if digest(tensors) != metadata.get("sha256"):
+        raise SDRError(path, "is damaged: its tensors do not match the sha256 written with them")
+    return tensors, metadata
+
+
+def is_torch_file(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02")
+
+
+def load_model(path: str | Path) -> tuple[FTCN | SDRModel, WeightsInfo]:
+    """Build the model that a weights file describes and load it, in evaluation mode on the CPU.
+
+    Raises:
+        SDRError: the file cannot be read, its configuration is not one of this version's, or its keys, shapes or
+            values do not fit.
+    """
+    tensors, metadata = read_weights(path)
+    try:
+        model_class, config_class = MODELS[metadata["model"]]
+        config = config_class(**json.loads(metadata["config"]))
+        info = WeightsInfo(**json.loads(metadata["info"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise SDRError(path, f"describes a model that this version cannot build: {error}") from error
+    model = build_from(path, model_class, config, tensors)
+    return model.eval(), info
+
+
+def build_from(path: str | Path, model_class: type, config: FTCNConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A model with these tensors; the allocation waits until the shapes have been compared."""
+    with torch.device("meta"):
+        model = model_class(config)
+    check_tensors(path, model.state_dict(), tensors)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(tensors)
+    return model
+
+
+def check_tensors(path: str | Path, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise SDRError that lists missing, unexpected and misshapen keys by name, and tensors with NaN or Inf."""
+    problems = []
+    for label, names in (
+        ("missing", [n for n in expected if n not in given]),
+        ("unexpected", [n for n in given if n not in expected]),
+        (
+            "misshapen",
+            [
+                f"{n} {list(given[n].shape)} instead of {list(expected[n].shape)}"
+                for n in expected
+                if n in given and given[n].shape != expected[n].shape
+            ],
+        ),
+        ("not finite", [n for n in given if given[n].is_floating_point() and not given[n].isfinite().all()]),
+    ):
+        if names:
+            problems.append(f"{label}: {', '.join(names)}")
+    if problems:
+        raise SDRError(path, "; ".join(problems))
+
+
+# FTCN's names, in the order of application; facts of its published checkpoint
+FTCN_RENAMES = (
+    (r"^module\.", ""),
+    (r"^resnet\.s1\.pathway0_stem\.", "backbone.stem."),
+    (r"^resnet\.s(\d)\.pathway0_res(\d+)\.(?:branch2\.)?", r"backbone.res\1.\2."),
+    (r"^(backbone\..*bn)\.0\.", r"\1."),  # `.0.` is the BN of a BN-and-pool pair
+    (r"^resnet\.head\.fc\.", "proj."),
+    (r"^resnet\.head\.time_T\.", "transformer."),
+    (r"\.pos_embedding$", ".pos_embed"),
+    (r"^transformer\.transformer\.layers\.(\d+)\.", r"transformer.layers.\1."),
+    (r"^(transformer\.layers\.\d+)\.0\.fn\.norm\.", r"\1.attn_norm."),
+    (r"^(transformer\.layers\.\d+)\.0\.fn\.fn\.to_qkv\.", r"\1.attn.qkv."),
+    (r"^(transformer\.layers\.\d+)\.0\.fn\.fn\.to_out\.0\.", r"\1.attn.proj."),
+    (r"^(transformer\.layers\.\d+)\.1\.fn\.norm\.", r"\1.mlp_norm."),
+    (r"^(transformer\.layers\.\d+)\.1\.fn\.fn\.net\.", r"\1.mlp."),
+    (r"^transformer\.mlp_head\.0\.", "transformer.norm."),
+    (r"^transformer\.mlp_head\.1\.", "transformer.head."),
+)
+
+
+def rename_ftcn_key(key: str) -> str:
+    """A key of FTCN's checkpoint as a key of :class:`sdr.ftcn.FTCN`; a key of neither comes back unchanged."""
+    for pattern, replacement in FTCN_RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def read_ftcn_checkpoint(path: str | Path) -> FTCN:
+    """FTCN with the weights of its published checkpoint, which ends at res4 or at res5.
+
+    Raises:
+        SDRError: not a file of tensors, or keys that are not FTCN's; lists them by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SDRError(path, "no such checkpoint" if not path.exists() else "is not a regular file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SDRError(path, "holds more than tensors, and loading it would run code from it") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise SDRError(path, f"is not a readable checkpoint: {error}".split("\n")[0]) from error
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise SDRError(path, "is not a bare state_dict of tensors")
+    tensors = {
+        rename_ftcn_key(key): tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()
+    }
+    stages = 4 if any(key.startswith("backbone.res5.") for key in tensors) else 3
+    return build_from(path, FTCN, with_fields(ftcn_released().branch(), backbone_stages=stages), tensors)
+
+
+def sdr_from_ftcn(ftcn: FTCN, num_branches: int = 4) -> SDRModel:
+    """An SDRModel with every branch and the transformer from FTCN.
+
+    W starts as the mean over branches (then FTCN's own projection, where it has one), so that with the same clip for
+    all branches the logit is FTCN's. TRFI's heads keep their random start: scoring does not use them.
+    """
+    config = SDRConfig(**asdict(ftcn.config), num_branches=num_branches)
+    model = SDRModel(config)
+    for branch in model.branches:
+        branch.load_state_dict(ftcn.backbone.state_dict())
+    model.transformer.load_state_dict(ftcn.transformer.state_dict())
+    if num_branches == 1:
+        model.trfi.proj.load_state_dict(ftcn.proj.state_dict())
+        return model.eval()
+    projected = isinstance(ftcn.proj, nn.Linear)
+    weight = ftcn.proj.weight if projected else torch.eye(config.embed_dim)
+    with torch.no_grad():
+        model.trfi.proj.weight.copy_(weight.repeat(1, num_branches) / num_branches)
+        model.trfi.proj.bias.copy_(ftcn.proj.bias if projected else torch.zeros(config.embed_dim))
+    return model.eval()
+
+
+def convert(source: str | Path, target: str | Path, *, to: str = "ftcn", num_branches: int = 4) -> nn.Module:
+    """Read an FTCN checkpoint and write our safetensors; returns the model.
+
+    Args:
+        source: FTCN's published checkpoint (.pth).
+        target: safetensors file to write.
+        to: ``ftcn`` (the single-branch model), or ``sdr`` (all branches of an SDRModel start from it).
+        num_branches: V, for ``sdr``.
+    """
+    if to not in ("ftcn", "sdr"):
+        raise ValueError(f"to must be ftcn or sdr, got {to!r}")
+    model = read_ftcn_checkpoint(source)
+    if to == "sdr":
+        model = sdr_from_ftcn(model, num_branches)
+    origin = f"converted from the FTCN checkpoint {Path(source).name}"
+    if to == "sdr":
+        origin += f" into {num_branches} branches; TRFI is untrained, so the score is FTCN's until it is trained"
+    save_weights(target, model, WeightsInfo(origin=origin))
+    return model

@@ -1,0 +1,215 @@
+"""Model configuration and its presets; every decision that the paper leaves open is a named field."""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+TEMPORAL_STRIDE = 2  # MaxPool (2,1,1) after res2: two frames become one token
+STAGE_BLOCKS = (3, 4, 6, 3)  # blocks of res2..res5 in a ResNet-50
+
+
+def check(condition: bool, name: str, rule: str, value: object) -> None:
+    """Raise ValueError naming the field, its rule and what came."""
+    if not condition:
+        raise ValueError(f"{name} must {rule}, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    check(value in choices, name, f"be one of {', '.join(choices)}", value)
+
+
+@dataclass(frozen=True)
+class FTCNConfig:
+    """One temporal-only 3D ResNet and its temporal transformer (FTCN, ICCV 2021).
+
+    Args:
+        num_frames: frames T of a clip; a multiple of 2.
+        image_size: height and width of a clip's frames in pixels; a multiple of 32 keeps every pool exact.
+        width: channels of the stem; res2 has 4 x width, each later stage doubles it.
+        backbone_stages: residual stages: 3 ends at res4 (published FTCN weights), 4 at res5 (full ResNet-50).
+        blocks: bottlenecks of each stage, at least ``backbone_stages`` numbers.
+        temporal_kernels: False makes every convolution 1x1x1: the control that cannot see time in the backbone.
+        embed_dim: width D of the transformer's tokens.
+        depth: transformer layers.
+        num_heads: attention heads.
+        head_dim: width of one head; ``num_heads * head_dim`` need not equal ``embed_dim``.
+        mlp_dim: hidden width of the transformer's MLP.
+        dropout: rate after the positions and inside the MLP.
+    """
+
+    num_frames: int = 32
+    image_size: int = 224
+    width: int = 64
+    backbone_stages: int = 3
+    blocks: tuple[int, ...] = STAGE_BLOCKS
+    temporal_kernels: bool = True
+    embed_dim: int = 1024
+    depth: int = 1
+    num_heads: int = 16
+    head_dim: int = 64
+    mlp_dim: int = 2048
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        for name in ("num_frames", "image_size", "width", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim"):
+            check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        check(self.num_frames % TEMPORAL_STRIDE == 0, "num_frames", "be even", self.num_frames)
+        check(self.image_size % 4 == 0, "image_size", "be a multiple of 4", self.image_size)
+        check(1 <= self.backbone_stages <= 4, "backbone_stages", "lie in 1..4", self.backbone_stages)
+        check(len(self.blocks) >= self.backbone_stages, "blocks", "name every stage", self.blocks)
+        check(all(n >= 1 for n in self.blocks), "blocks", "be positive", self.blocks)
+        check(0 <= self.dropout < 1, "dropout", "lie in [0, 1)", self.dropout)
+
+    @property
+    def backbone_channels(self) -> int:
+        """C: channels of the backbone's last stage."""
+        return self.width * 4 * 2 ** (self.backbone_stages - 1)
+
+    @property
+    def num_tokens(self) -> int:
+        """N: time steps after the temporal pool."""
+        return self.num_frames // TEMPORAL_STRIDE
+
+
+@dataclass(frozen=True)
+class SDRConfig(FTCNConfig):
+    """SDR: V branches, each an FTCN backbone, joined by TRFI before one temporal transformer.
+
+    Args:
+        num_branches: V, branches and views.
+        share_weights: one backbone for all branches instead of V of them.
+        joint_feature: how a time step's V branch features become one token: ``linear`` (concatenate, then W),
+            ``mlp`` (concatenate, then two layers), ``mean`` or ``sum`` (then a projection where C differs from D).
+    """
+
+    num_branches: int = 4
+    share_weights: bool = False
+    joint_feature: Literal["linear", "mean", "sum", "mlp"] = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_branches >= 1, "num_branches", "be at least 1", self.num_branches)
+        check_choice("joint_feature", self.joint_feature, ("linear", "mean", "sum", "mlp"))
+
+    def branch(self) -> FTCNConfig:
+        """The configuration of FTCN alone: one branch, same backbone and transformer."""
+        names = FTCNConfig.__dataclass_fields__
+        return FTCNConfig(**{name: getattr(self, name) for name in names})
+
+
+def paper() -> SDRConfig:
+    """The paper's model: full ResNet-50 branches (C = 2048), W to 1024, 12 heads of 64."""
+    return SDRConfig(backbone_stages=4, num_heads=12)
+
+
+def ftcn_released() -> SDRConfig:
+    """Branches to res4 (C = 1024) and 16 heads: the shape of FTCN's published weights."""
+    return SDRConfig(backbone_stages=3)
+
+
+def tiny() -> SDRConfig:
+    """The smallest model that still learns: for tests and the demonstration on two cores."""
+    return SDRConfig(
+        image_size=64, width=8, backbone_stages=2, blocks=(1, 1), embed_dim=64, num_heads=4, head_dim=16, mlp_dim=128
+    )
+
+
+PRESETS = {"paper": paper, "ftcn_released": ftcn_released, "tiny": tiny}
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and readings of SDR's losses (specification sections 4 and 6).
+
+    Args:
+        ce: weight a of the binary cross-entropy on the logit.
+        mi: weight b of the mutual-information loss.
+        contrastive: weight c of the supervised InfoNCE.
+        aux: weight of the cross-entropy on the joint and leave-one-out heads, which gives their P a meaning.
+        mi_temperature: divides the heads' logits before the softmax.
+        detach_joint: no gradient of the mutual-information loss reaches the joint head.
+        direction: ``joint_to_loo`` is KL(P_Z || P_Z\\v), ``loo_to_joint`` the reverse.
+        objective: ``shared`` minimises the divergence, ``complementary`` minimises exp(-divergence) (Ba et al.).
+        temperature: of InfoNCE.
+        anchors: ``all``, or ``real`` to pull only real clips together.
+        weighting: ``fixed`` uses the weights above, ``uncertainty`` learns them (Liebel and Koerner, 2018).
+    """
+
+    ce: float = 1.0
+    mi: float = 1.0
+    contrastive: float = 0.1
+    aux: float = 1.0
+    mi_temperature: float = 1.5
+    detach_joint: bool = True
+    direction: Literal["joint_to_loo", "loo_to_joint"] = "joint_to_loo"
+    objective: Literal["shared", "complementary"] = "shared"
+    temperature: float = 0.07
+    anchors: Literal["all", "real"] = "all"
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+
+    def __post_init__(self) -> None:
+        for name in ("ce", "mi", "contrastive", "aux"):
+            check(getattr(self, name) >= 0, name, "not be negative", getattr(self, name))
+        for name in ("mi_temperature", "temperature"):
+            check(getattr(self, name) > 0, name, "be positive", getattr(self, name))
+        check_choice("direction", self.direction, ("joint_to_loo", "loo_to_joint"))
+        check_choice("objective", self.objective, ("shared", "complementary"))
+        check_choice("anchors", self.anchors, ("all", "real"))
+        check_choice("weighting", self.weighting, ("fixed", "uncertainty"))
+
+
+TPA_METHODS = ("color_jitter", "cutout", "flip", "crop")
+
+
+@dataclass(frozen=True)
+class TPAConfig:
+    """Temporally-preserved Augmentation (specification section 2); view v uses ``methods[v % len(methods)]``.
+
+    Args:
+        methods: the augmentation of each view, in order.
+        brightness: factor drawn from 1 -+ this.
+        contrast: factor drawn from 1 -+ this, about mid-grey.
+        saturation: factor drawn from 1 -+ this.
+        hue: rotation drawn from -+ this, in turns.
+        flip_probability: of a horizontal flip in the flip's view.
+        crop_area: smallest and largest share of the frame that a crop keeps.
+        crop_ratio: smallest and largest width / height of a crop, in units of the frame's own.
+        cutout_area: smallest and largest share of the frame that the hole covers.
+        cutout_ratio: smallest and largest width / height of the hole.
+        cutout_fill: ``mean`` fills with 0 after normalisation, ``black`` with a black pixel.
+        per_frame: methods drawn anew for every frame: the paper's "without TPA" ablation.
+    """
+
+    methods: tuple[str, ...] = TPA_METHODS
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    flip_probability: float = 1.0
+    crop_area: tuple[float, float] = (0.7, 1.0)
+    crop_ratio: tuple[float, float] = (0.9, 1.1)
+    cutout_area: tuple[float, float] = (0.02, 0.33)
+    cutout_ratio: tuple[float, float] = (0.3, 3.3)
+    cutout_fill: Literal["mean", "black"] = "mean"
+    per_frame: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per_frame", frozenset(self.per_frame))
+        check(len(self.methods) > 0, "methods", "not be empty", self.methods)
+        for method in (*self.methods, *self.per_frame):
+            check_choice("methods and per_frame", method, TPA_METHODS)
+        for name in ("brightness", "contrast", "saturation"):
+            check(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]", getattr(self, name))
+        check(0 <= self.hue <= 0.5, "hue", "lie in [0, 0.5]", self.hue)
+        check(0 <= self.flip_probability <= 1, "flip_probability", "lie in [0, 1]", self.flip_probability)
+        for name in ("crop_area", "crop_ratio", "cutout_area", "cutout_ratio"):
+            low, high = getattr(self, name)
+            check(0 < low <= high, name, "be a positive, ordered pair", getattr(self, name))
+        for name in ("crop_area", "cutout_area"):
+            check(getattr(self, name)[1] <= 1, name, "not pass 1", getattr(self, name))
+        check_choice("cutout_fill", self.cutout_fill, ("mean", "black"))
+
+
+def with_fields(config: FTCNConfig, **fields: object) -> FTCNConfig:
+    """A copy of a frozen configuration with some fields replaced and all checks run again."""
+    return replace(config, **fields)

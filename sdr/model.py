@@ -1,0 +1,61 @@
+"""SDRModel in plain PyTorch: the reference that every kernel is measured against."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdr.config import SDRConfig
+from sdr.ftcn import Backbone, check_clip
+from sdr.tpa import normalise
+from sdr.transformer import TemporalTransformer
+from sdr.trfi import TRFI
+
+
+class SDROutput(NamedTuple):
+    logits: Tensor  # [B], before the sigmoid, 1 = fake
+    tokens: Tensor  # [B, N, D], joint tokens that the transformer reads
+    features: Tensor  # [B, V, C], each branch's mean over time and space
+    joint_logits: Tensor  # [B, 2]
+    loo_logits: Tensor  # [B, V, 2]; [B, 0, 2] for one branch
+
+
+class SDRModel(nn.Module):
+    """Reduced Spatial Dependency model (Chu et al., arXiv 2503.03270): V FTCN branches, TRFI, temporal transformer.
+
+    Args:
+        config: shapes and options; see :class:`sdr.config.SDRConfig` and the presets beside it.
+    """
+
+    def __init__(self, config: SDRConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.branches = nn.ModuleList(
+            Backbone(config.branch()) for _ in range(1 if config.share_weights else config.num_branches)
+        )
+        self.trfi = TRFI(config)
+        self.transformer = TemporalTransformer(config)
+
+    def forward(self, views: Tensor) -> SDROutput:
+        """Score clips.
+
+        Args:
+            views: [B, V, 3, T, H, W], one augmented view per branch, or [B, 3, T, H, W], the same clip for all
+                branches; normalised floats, or uint8, which is normalised here.
+
+        Raises:
+            ValueError: the number of views, T, H or W is not the configuration's.
+        """
+        V = self.config.num_branches
+        check_clip(views, self.config, ndim=6 if views.ndim == 6 else 5)
+        if views.ndim == 6 and views.shape[1] != V:
+            raise ValueError(f"views must have {V} views, got {list(views.shape)}")
+        views = normalise(views)
+        # a loop, not a batched pass: this is the readable definition
+        tokens = [
+            self.branches[v % len(self.branches)].tokens(views[:, v] if views.ndim == 6 else views) for v in range(V)
+        ]
+        joint = self.trfi(torch.stack(tokens, 1))
+        return SDROutput(
+            self.transformer(joint.tokens), joint.tokens, joint.features, joint.joint_logits, joint.loo_logits
+        )
