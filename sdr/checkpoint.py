@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,7 +105,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def is_torch_file(path: Path) -> bool:
     with open(path, "rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02")
+        magic = file.read(2)
+    return magic == b"PK" or magic[:1] == b"\x80"  # zip, or the pickle of old versions
 
 
 def load_model(path: str | Path) -> tuple[FTCN | SDRModel, WeightsInfo]:
@@ -193,8 +195,12 @@ def read_ftcn_checkpoint(path: str | Path) -> FTCN:
     path = Path(path)
     if not path.is_file():
         raise SDRError(path, "no such checkpoint" if not path.exists() else "is not a regular file")
+    if not is_torch_file(path):
+        raise SDRError(path, "is not a checkpoint written by torch.save")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol; the outcome below is what the user is told
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise SDRError(path, "holds more than tensors, and loading it would run code from it") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:

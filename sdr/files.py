@@ -1,7 +1,10 @@
 """Files written whole or not at all."""
 
+import csv
+import io
 import os
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sdr.errors import SDRError
@@ -49,3 +52,20 @@ def current_umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they are missing; raises SDRError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SDRError(path, f"cannot be made: {error.strerror}") from error
+
+
+def to_csv(rows: Iterable[Mapping[str, object]], fields: Sequence[str]) -> str:
+    """A CSV text with a header line; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

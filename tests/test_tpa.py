@@ -1,0 +1,224 @@
+"""TPA: drawn once per clip, a pure function of its key, and each method against its definition."""
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+
+from sdr import TPAConfig
+from sdr.config import TPA_METHODS
+from sdr.tpa import ViewParameters, apply_view, augment, draw_view, normalise
+
+MEAN = np.array([0.485, 0.456, 0.406])
+STD = np.array([0.229, 0.224, 0.225])
+T, SIZE = 6, 20
+
+
+def draw(method, *, per_frame=(), sample=3, seed=1, epoch=2, view=0, **fields):
+    config = TPAConfig(methods=(method,), per_frame=frozenset(per_frame), **fields)
+    return draw_view(config, seed=seed, epoch=epoch, sample=sample, view=view, num_frames=T)
+
+
+def still_clip(seed=0):
+    frame = torch.randint(0, 256, (3, 1, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return frame.expand(3, T, SIZE, SIZE)
+
+
+def parameters(flip=False, crop=(0, 0, 1, 1), color=None, cutout=(0, 0, 0, 0)):
+    color = np.eye(3, 4) if color is None else color
+    return ViewParameters(
+        np.full(T, flip),
+        np.tile(np.float64(crop), (T, 1)),
+        np.tile(color, (T, 1, 1)),
+        np.tile(np.float64(cutout), (T, 1)),
+    )
+
+
+def denormalise(view):
+    """float64 RGB in 0..1, [3, T, H, W]."""
+    return view.double().numpy() * STD[:, None, None, None] + MEAN[:, None, None, None]
+
+
+@pytest.mark.parametrize("method", TPA_METHODS)
+def test_constant_over_frames(method):
+    """A clip of equal frames stays one: bit for bit."""
+    for sample in range(5):
+        view = apply_view(still_clip(), draw(method, sample=sample))
+        assert (view == view[:, :1]).all()
+        assert not torch.equal(view, normalise(still_clip()))
+
+
+@pytest.mark.parametrize("method", TPA_METHODS)
+def test_per_frame_on_request(method):
+    view = apply_view(still_clip(), draw(method, per_frame=[method], flip_probability=0.5))
+    assert not (view == view[:, :1]).all()
+    other = next(m for m in TPA_METHODS if m != method)
+    constant = apply_view(still_clip(), draw(method, per_frame=[other]))
+    assert (constant == constant[:, :1]).all()
+
+
+def test_draw_is_a_function_of_its_key():
+    base = draw("crop").crop
+    assert np.array_equal(base, draw("crop").crop)
+    for change in ({"seed": 9}, {"epoch": 9}, {"sample": 9}, {"view": 9}):
+        assert not np.array_equal(base, draw("crop", **change).crop)
+
+
+def test_draw_does_not_depend_on_the_batch():
+    clips = torch.stack([still_clip(i) for i in range(3)])
+    together = augment(clips, TPAConfig(), seed=5, epoch=1, samples=[7, 8, 9], num_views=4)
+    alone = augment(clips[2:], TPAConfig(), seed=5, epoch=1, samples=[9], num_views=4)
+    assert torch.equal(together[2:], alone)
+    assert together.shape == (3, 4, 3, T, SIZE, SIZE)
+
+
+def test_views_cycle_through_the_methods():
+    config = TPAConfig()
+    for view, moved in enumerate(["color", "cutout", "flip", "crop", "color", "cutout"]):
+        drawn = draw_view(config, seed=0, epoch=0, sample=0, view=view, num_frames=T)
+        neutral = parameters()
+        changed = [
+            n
+            for n in ("flip", "crop", "color", "cutout")
+            if not np.array_equal(*(getattr(p, n) for p in (drawn, neutral)))
+        ]
+        assert changed == [moved]
+
+
+def test_normalisation_is_imagenets():
+    view = apply_view(still_clip(), parameters()).double().numpy()
+    expected = (still_clip().double().numpy() / 255 - MEAN[:, None, None, None]) / STD[:, None, None, None]
+    assert np.abs(view - expected).max() < 1e-6
+
+
+def test_flip_mirrors_left_and_right():
+    view = apply_view(still_clip(), parameters(flip=True))
+    assert torch.equal(view, normalise(still_clip()).flip(-1))
+    draws = [draw("flip", sample=i, flip_probability=0.5).flip[0] for i in range(2000)]
+    assert abs(np.mean(draws) - 0.5) < 3 * 0.5 / np.sqrt(2000)
+
+
+def test_crop_is_bilinear_between_pixel_centres():
+    """A ramp is a line: bilinear sampling of a crop gives the line's value at each output pixel's centre."""
+    ramp = torch.arange(SIZE, dtype=torch.uint8).mul(10).expand(3, T, SIZE, SIZE)
+    left, top, width, height = 0.2, 0.1, 0.6, 0.5
+    view = denormalise(apply_view(ramp, parameters(crop=(left, top, width, height)))) * 255
+    x = (left + (np.arange(SIZE) + 0.5) / SIZE * width) * SIZE - 0.5
+    assert np.abs(view - 10 * x).max() < 1e-3
+
+
+def test_crop_boxes_keep_area_and_ratio():
+    boxes = np.array([draw("crop", sample=i).crop[0] for i in range(500)])
+    left, top, width, height = boxes.T
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (left + width <= 1 + 1e-12).all()
+    assert (top + height <= 1 + 1e-12).all()
+    area, ratio = width * height, width / height
+    assert area.min() >= 0.7
+    assert area.max() <= 1
+    assert ratio.min() >= 0.9
+    assert ratio.max() <= 1 / 0.9
+    assert abs(area.mean() - 0.85) < 3 * 0.3 / np.sqrt(12 * 500)  # uniform in 0.7..1
+
+
+def test_cutout_covers_its_box_and_nothing_else():
+    view = apply_view(still_clip(), parameters(cutout=(0.25, 0.5, 0.5, 0.25)))
+    hole = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    hole[10:15, 5:15] = True
+    assert (view[..., hole] == 0).all()
+    assert torch.equal(view[..., ~hole], normalise(still_clip())[..., ~hole])
+    black = apply_view(still_clip(), parameters(cutout=(0.25, 0.5, 0.5, 0.25)), fill="black")
+    assert np.abs(denormalise(black)[..., hole.numpy()]).max() < 1e-6
+
+
+def test_cutout_area_is_within_its_range():
+    boxes = np.array([draw("cutout", sample=i).cutout[0] for i in range(500)])
+    area, ratio = boxes[:, 2] * boxes[:, 3], boxes[:, 2] / boxes[:, 3]
+    assert area.min() >= 0.02
+    assert area.max() <= 0.33
+    assert ratio.min() >= 0.3
+    assert ratio.max() <= 3.3
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"brightness": 0.4}, lambda x, f: np.clip(f * x, 0, 1)),
+        ({"contrast": 0.4}, lambda x, f: np.clip(0.5 + f * (x - 0.5), 0, 1)),
+        (
+            {"saturation": 0.4},
+            lambda x, f: np.clip(f * x + (1 - f) * np.tensordot([0.299, 0.587, 0.114], x, 1)[None], 0, 1),
+        ),
+    ],
+    ids=["brightness", "contrast", "saturation"],
+)
+def test_color_jitter_parts(fields, expected):
+    still = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0} | fields
+    x = still_clip().double().numpy() / 255
+    factors = []
+    for sample in range(20):
+        drawn = draw("color_jitter", sample=sample, **still)
+        factor = drawn.color[0, 0, 0] - drawn.color[0, 1, 0]  # the diagonal less what saturation adds everywhere
+        factors.append(factor)
+        assert 0.6 <= factor <= 1.4
+        assert np.abs(denormalise(apply_view(still_clip(), drawn)) - expected(x, factor)).max() < 1e-5
+    assert np.std(factors) > 0.1
+
+
+def test_hue_turns_the_colour_and_keeps_the_luma():
+    angles = []
+    for sample in range(20):
+        drawn = draw("color_jitter", sample=sample, brightness=0, contrast=0, saturation=0, hue=0.1)
+        matrix = drawn.color[0, :, :3]
+        assert np.allclose(matrix @ np.ones(3), 1)  # grey stays grey
+        assert np.allclose([0.299, 0.587, 0.114] @ matrix, [0.299, 0.587, 0.114])
+        i, q = (np.array(colorsys.rgb_to_yiq(*c)[1:]) for c in ((0.8, 0.4, 0.3), matrix @ [0.8, 0.4, 0.3]))
+        turn = np.angle(complex(*q) / complex(*i)) / (2 * np.pi)
+        angles.append(turn)
+        assert abs(turn) <= 0.1 + 2e-3  # colorsys rounds its YIQ constants
+    assert np.std(angles) > 0.03
+
+
+def test_order_of_the_jitter_is_drawn():
+    """Brightness and contrast do not commute: both orders occur."""
+    orders = set()
+    for sample in range(20):
+        matrix = draw("color_jitter", sample=sample, saturation=0, hue=0).color[0]
+        scale, offset = matrix[0, 0], matrix[0, 3]
+        # brightness first: offset = (1 - c) / 2; contrast first: b (1 - c) / 2
+        generator = np.random.Generator(np.random.Philox(key=[1, 2], counter=[0, 0, 0, sample]))
+        brightness, contrast = generator.uniform(0.6, 1.4), generator.uniform(0.6, 1.4)
+        assert scale == pytest.approx(brightness * contrast)
+        first = np.isclose(offset, 0.5 * (1 - contrast))
+        assert first or np.isclose(offset, brightness * 0.5 * (1 - contrast))
+        orders.add(bool(first))
+    assert orders == {True, False}
+
+
+def test_input_is_not_modified():
+    clip = still_clip().clone()
+    before = clip.clone()
+    for method in TPA_METHODS:
+        apply_view(clip, draw(method))
+    assert torch.equal(clip, before)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"methods": ("blur",)}, "must be one of color_jitter"),
+        ({"hue": 0.7}, "hue must lie in"),
+        ({"crop_area": (0.9, 0.7)}, "crop_area must be a positive, ordered pair"),
+        ({"per_frame": {"grid"}}, "must be one of"),
+    ],
+)
+def test_rejects_wrong_configuration(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TPAConfig(**fields)
+
+
+def test_rejects_wrong_clip():
+    with pytest.raises(ValueError, match=r"clip must be uint8 \[3, 6, H, W\], got torch.float32"):
+        apply_view(torch.zeros(3, T, 8, 8), draw("flip"))
