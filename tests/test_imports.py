@@ -1,0 +1,79 @@
+"""Imports point one way, importing has no effects, and optional packages stay optional."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sdr"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+# a module may import, at its top, only from the layers above it in this list
+LAYERS = [
+    {"errors", "decode_worker"},
+    {"files", "config"},
+    {"tpa", "video", "detectors"},
+    {"transformer", "faces", "datasets"},
+    {"ftcn", "trfi", "synth"},
+    {"model"},
+    {"losses", "checkpoint", "loading", "evaluate"},
+    {"train", "score"},
+    {"report"},
+    {"__init__"},
+    {"cli"},
+]
+DATA = {"video", "faces", "detectors", "datasets", "tpa", "synth", "decode_worker", "loading"}
+MODEL = {"transformer", "ftcn", "trfi", "model", "losses", "checkpoint", "train", "score"}
+BASE = {"torch", "numpy", "sdr"}
+WORKER = {"av", "numpy"}  # run as a script of its own, never imported by the package
+
+
+def imports(module: str, *, top_only: bool) -> set[str]:
+    """Dotted names that a module imports, at its top level or anywhere, type checking aside."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    nodes = tree.body if top_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"sdr.{alias.name}" for alias in node.names} if node.module == "sdr" else {node.module}
+    return names
+
+
+def inside(names: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("sdr.")} & set(MODULES)
+
+
+def test_every_module_has_a_layer():
+    assert sorted(set().union(*LAYERS)) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    back = [name for name in inside(imports(module, top_only=True)) if rank[name] >= rank[module]]
+    assert back == []
+
+
+@pytest.mark.parametrize("module", sorted(DATA - {"loading"}))
+def test_data_never_imports_the_model(module):
+    assert inside(imports(module, top_only=False)) & MODEL == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_top_level_needs_torch_and_numpy_alone(module):
+    top = {name.split(".")[0] for name in imports(module, top_only=True)}
+    allowed = WORKER if module == "decode_worker" else BASE
+    assert {name for name in top if name not in sys.stdlib_module_names} <= allowed
+
+
+def test_importing_prints_nothing_and_loads_no_optional_package():
+    code = """
+import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli
+heavy = {"av", "onnxruntime", "onnx", "cv2", "sklearn", "skimage", "jinja2", "plotly", "PIL", "rich", "jsonargparse"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
