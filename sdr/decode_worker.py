@@ -1,0 +1,324 @@
+"""Decodes one video for ``sdr.video`` in a process of its own, so that a hostile file can harm nothing else.
+
+Run as a script: ``python decode_worker.py JOB`` with the opened file's descriptor and the limits in JOB as JSON. It
+imports PyAV and the standard library only, so that it starts fast and small. Records go to standard output, each a
+RECORD head and its payload: one HEADER (JSON), FRAMES (a FRAME head, then rows of RGB bytes), one END (JSON); or one
+REFUSAL (JSON) in the place of whatever would have followed. FFmpeg logs its errors to standard error.
+"""
+
+import gc
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+
+RECORD = struct.Struct("<cQ")  # kind, bytes of payload
+FRAME = struct.Struct("<dIIIB")  # seconds, width, height, bytes per row, orientation
+HEADER, FRAMES, END, REFUSAL = b"H", b"F", b"E", b"R"
+TRANSPOSE, FLIP_X, FLIP_Y = 1, 2, 4  # orientation: transpose first, then mirror
+OUT_OF_MEMORY = 12  # exit status
+
+THREADS = 2  # of the decoder; each one holds frames of its own
+LOG_BYTES = 1 << 16
+CPU_PER_WAIT = 20  # the decoder also runs while the reader is busy, so its own clock may run far longer than the wait
+MICROSECOND = 1_000_000  # a container's clock, ticks per second
+FPS_ASSUMED = 25  # steps the time where a file has neither timestamps nor a rate
+ALIGNED_EDGE = 128  # codecs pad a frame to whole blocks; the exact size is checked on each decoded frame
+
+INTERPOLATION = 0x2 | 0x40000 | 0x80000  # SWS_BILINEAR | ACCURATE_RND | BITEXACT: the same pixels on every processor
+UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
+ITU709 = 1  # SWS_CS_ITU709
+HD_WIDTH, SD_HEIGHT = 1280, 576
+TURNS = {0: 0, 90: TRANSPOSE | FLIP_Y, 180: FLIP_X | FLIP_Y, 270: TRANSPOSE | FLIP_X}  # counter-clockwise degrees
+
+
+class RefusedError(Exception):
+    """The video cannot or may not be decoded; ``log``: FFmpeg's first message says more."""
+
+    def __init__(self, what: str, hint: str = "", *, log: bool = False) -> None:
+        super().__init__(what)
+        self.record = {"what": what, "hint": hint, "log": log}
+
+
+class SharedFile:
+    """The given descriptor as a file object with an offset of its own; the descriptor's is shared with the parent."""
+
+    name = "video"  # all that FFmpeg ever learns about the file's name
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._offset, self._size = fd, 0, os.fstat(fd).st_size
+
+    def read(self, size: int) -> bytes:
+        data = os.pread(self._fd, size, self._offset)
+        self._offset += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        target = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._size}[whence]
+        if target < 0:
+            return -1  # FFmpeg takes a negative position for an error and goes on
+        self._offset = target
+        return target
+
+    def tell(self) -> int:
+        return self._offset
+
+
+def confine(job: dict) -> None:
+    """Sets the limits of this process: memory, processor time, no core dump, no file longer than the log."""
+    seconds = int(job["seconds"] * CPU_PER_WAIT) + 1
+    for name, value in (("AS", job["memory"]), ("CPU", seconds), ("CORE", 0), ("FSIZE", LOG_BYTES)):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+
+
+def open_container(fd: int, job: dict):
+    """The demuxer named in the job, on the descriptor and nothing else."""
+    import av
+    import av.subtitles.codeccontext  # PyAV imports these two late, when nothing can be opened any more
+    import av.subtitles.stream
+
+    av.logging.restore_default_callback()  # plain C: a log through Python can deadlock with the decoder's threads
+    av.logging.set_libav_level(av.logging.ERROR)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # from here on the kernel opens nothing for this process
+    options = {"protocol_whitelist": "", "enable_drefs": "0", "max_pixels": str(_padded_pixels(job))}
+    try:
+        return av.open(
+            SharedFile(fd), format=job["demuxer"], options=options, metadata_errors="backslashreplace", io_open=_no_file
+        )
+    except av.FFmpegError as error:
+        _stop_without_memory(error)
+        raise RefusedError(f"cannot be read as {job['demuxer']}: {error.strerror}", log=True) from None
+
+
+def _no_file(url: str, flags: int, options: dict):
+    raise PermissionError("only the given file is read")
+
+
+def _padded_pixels(job: dict) -> int:
+    return job["max_pixels"] * 5 // 4 + ALIGNED_EDGE**2
+
+
+def _stop_without_memory(error: Exception) -> None:
+    """FFmpeg's out-of-memory is also a Python MemoryError; it ends the process, no other error does."""
+    if isinstance(error, MemoryError):
+        raise MemoryError from None
+
+
+def select_stream(container):
+    """The default, else the largest, moving video stream; cover art and thumbnails are none. Refuses without one."""
+    from av.stream import Discard, Disposition
+
+    still = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [s for s in container.streams.video if not s.disposition & still]
+    if not streams:
+        found = ", ".join(sorted({"cover art" if s.type == "video" else s.type for s in container.streams}))
+        raise RefusedError(f"no video stream, only {found}" if found else "no video stream")
+    streams = [s for s in streams if s.codec_context is not None]
+    if not streams:
+        raise RefusedError("no decoder for its video codec", log=True)
+    best = max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
+    for stream in container.streams:
+        if stream is not best:
+            stream.discard = Discard.all
+    return best
+
+
+def describe(container, stream, job: dict) -> dict:
+    """What the file declares: codec, fps, frames, seconds of duration; refuses what is over a limit."""
+    rate = stream.average_rate or stream.guessed_rate
+    fps = float(rate) if rate else 0.0
+    seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / MICROSECOND
+    info = {
+        "codec": stream.codec_context.codec.canonical_name,
+        "fps": fps,
+        "frames": stream.frames,
+        "duration": max(0.0, float(seconds)),
+    }
+    check_pixels(stream.width, stream.height, job)
+    check_frames(stream.frames, job)
+    if job["demuxer"] == "mov" and stream.frames:
+        # after the edit list: what is hidden by it carries the discard flag
+        check_frames(len(stream.index_entries), job)
+        info["frames"] = sum(not entry.is_discard for entry in stream.index_entries)
+    if not info["frames"]:
+        check_frames(round(info["duration"] * fps), job, about="about ")
+    return info
+
+
+def check_pixels(width: int, height: int, job: dict) -> None:
+    if width * height > job["max_pixels"]:
+        raise RefusedError(f"{width}x{height} pixels are over the limit of {job['max_pixels']}")
+
+
+def check_frames(frames: int, job: dict, about: str = "") -> None:
+    if frames > job["max_frames"]:
+        raise RefusedError(f"{about}{frames} frames are over the limit of {job['max_frames']}")
+
+
+class Decoder:
+    """Reads a stream's packets and counts what could not be read."""
+
+    def __init__(self, container, stream, job: dict) -> None:
+        self.container, self.stream, self.job = container, stream, job
+        self.context = stream.codec_context
+        self.context.thread_count = THREADS
+        self.context.thread_type = "SLICE"  # frame threads report an error packets later, and lose frames with it
+        self.context.options = {"max_pixels": str(_padded_pixels(job))}
+        self.read = self.corrupt = self.failed = 0
+        self.stopped = ""
+
+    def packets(self):
+        """Packets, then None to drain the decoder. A read error ends the stream and is kept in ``stopped``."""
+        import av
+
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:
+                    yield packet
+        except (av.FFmpegError, PermissionError) as error:
+            _stop_without_memory(error)
+            self.stopped = error.strerror or str(error)
+        yield None
+
+    def frames(self):
+        """Decoded frames in order of presentation; what cannot be decoded is counted."""
+        import av
+
+        for packet in self.packets():
+            corrupt_packet = packet is not None and packet.is_corrupt
+            try:
+                frames = self.context.decode(packet)
+            except av.FFmpegError as error:
+                _stop_without_memory(error)
+                self.failed += packet is not None
+                continue
+            self.corrupt += max(corrupt_packet, sum(frame.is_corrupt for frame in frames))
+            for frame in frames:
+                self.read += 1
+                check_frames(self.read, self.job, about="at least ")
+                yield frame
+
+
+class Picture:
+    """Decoded frames to displayed RGB: colour matrix, square pixels, orientation, seconds from the start."""
+
+    def __init__(self, container, stream, job: dict, fps: float) -> None:
+        from av import FFmpegError
+        from av.video.reformatter import VideoReformatter
+
+        self.failure = FFmpegError
+        self.stream, self.job = stream, job
+        self.start = (container.start_time or 0) / MICROSECOND
+        self.step = 1 / (fps or FPS_ASSUMED)
+        self.reformat = VideoReformatter().reformat
+        self.aspect = stream.sample_aspect_ratio or 1
+        self.time = None
+        self.size = None
+
+    def seconds(self, frame) -> float:
+        """From the container's start. Never runs backwards; a frame without a timestamp follows at the frame rate."""
+        ticks = frame.dts if frame.pts is None else frame.pts
+        if ticks is None:
+            time = 0.0 if self.time is None else self.time + self.step
+        else:
+            time = float(ticks * self.stream.time_base) - self.start
+        self.time = time if self.time is None else max(time, self.time)
+        return self.time
+
+    def rgb(self, frame):
+        """[H, W, 3] as a plane of RGB rows, pixels square. Refuses sizes over the limit or that change."""
+        size = (frame.width, frame.height)
+        if self.size not in (None, size):
+            raise RefusedError(f"frame size changes from {self.size[0]}x{self.size[1]} to {size[0]}x{size[1]}")
+        self.size = size
+        width = max(1, round(frame.width * self.aspect))
+        check_pixels(*size, self.job)
+        check_pixels(width, frame.height, self.job)
+        try:
+            return self.reformat(
+                frame,
+                width,
+                frame.height,
+                "rgb24",
+                src_colorspace=matrix_of(frame),
+                interpolation=INTERPOLATION,
+                threads=1,
+            )
+        except self.failure as error:
+            _stop_without_memory(error)
+            kind = f"{frame.format.name}, colour matrix {frame.colorspace}"
+            raise RefusedError(f"no way to RGB from {kind}: {error.strerror}") from None
+
+
+def matrix_of(frame):
+    """The colour matrix where the frame names none: BT.709 from HD size on, as players take it; None: the frame's."""
+    if frame.colorspace == UNSPECIFIED and (frame.width >= HD_WIDTH or frame.height > SD_HEIGHT):
+        return ITU709
+    return None
+
+
+def orientation_of(frame) -> int:
+    """TRANSPOSE, FLIP_X, FLIP_Y bits of the display matrix, to the nearest quarter turn; 0 without one."""
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV knows no name for another kind of side data on this frame: the angle is all there is
+        return TURNS[round(frame.rotation / 90) * 90 % 360]
+    if side_data is None:
+        return 0
+    # x' = a x + c y, y' = b x + d y; the matrix is a b u, c d v, x y w
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(side_data))
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return TRANSPOSE | FLIP_X * (c < 0) | FLIP_Y * (b < 0)
+    return FLIP_X * (a < 0) | FLIP_Y * (d < 0)
+
+
+def send(kind: bytes, *parts) -> None:
+    """One record to standard output, without copying its parts together."""
+    views = [memoryview(part).cast("B") for part in parts]
+    for view in (memoryview(RECORD.pack(kind, sum(map(len, views)))), *views):
+        while view:
+            view = view[os.write(1, view) :]
+
+
+def send_json(kind: bytes, record: dict) -> None:
+    send(kind, json.dumps(record).encode())
+
+
+def decode(fd: int, job: dict) -> None:
+    """Sends the whole video: HEADER, FRAMES, END. Raises RefusedError or MemoryError."""
+    container = open_container(fd, job)
+    stream = select_stream(container)
+    header = {"demuxer": job["demuxer"], "log_bytes": os.fstat(2).st_size, **describe(container, stream, job)}
+    decoder = Decoder(container, stream, job)
+    picture = Picture(container, stream, job, header["fps"])
+    gc.freeze()
+    for frame in decoder.frames():
+        seconds, orientation, plane = picture.seconds(frame), orientation_of(frame), picture.rgb(frame).planes[0]
+        if header:
+            width, height = (plane.height, plane.width) if orientation & TRANSPOSE else (plane.width, plane.height)
+            send_json(HEADER, {**header, "width": width, "height": height})
+            header = None
+        send(FRAMES, FRAME.pack(seconds, plane.width, plane.height, plane.line_size, orientation), plane)
+        gc.collect()  # a frame whose side data was read is part of a cycle: hundreds of them would stay
+    if header:
+        raise RefusedError("no frame could be decoded", decoder.stopped, log=True)
+    send_json(END, {name: getattr(decoder, name) for name in ("read", "corrupt", "failed", "stopped")})
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    try:
+        confine(job)
+        decode(job["fd"], job)
+    except RefusedError as refusal:
+        send_json(REFUSAL, refusal.record)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    os._exit(0)  # without teardown: freeing a decoder may wait for its threads
+
+
+if __name__ == "__main__":
+    main()
