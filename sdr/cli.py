@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     command = arguments.subcommand
-    options = parser.instantiate_classes(arguments)[command]
+    options = parser.instantiate(arguments)[command]
     try:
         return {"score": run_score, "synth": run_synth, "train": run_train, "convert": run_convert}[command](options)
     except SDRError as error:
@@ -105,6 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sdr {command}: interrupted", file=sys.stderr)
         return 130
+
+
+def settings(kind: type, options):
+    """A configuration out of the command's options; what its own checks refuse is one line."""
+    try:
+        return kind(**{name: options[name] for name in kind.__dataclass_fields__})
+    except ValueError as error:
+        raise SDRError("options", str(error)) from error
 
 
 def pick_device(name: str):
@@ -147,7 +155,7 @@ def run_score(options) -> int:
     if options.weights is None:
         print(DEMONSTRATION_NOTE, file=sys.stderr)
     model, info = load_model(options.weights or DEMONSTRATION)
-    config = ScoreConfig(**{name: options[name] for name in ScoreConfig.__dataclass_fields__})
+    config = settings(ScoreConfig, options)
     detector = load_detector(options.detector, weights=options.detector_weights)
     scorer = Scorer(model.to(pick_device(options.device)), detector, config, cache=pick_cache(options))
     videos = list_videos(options)
@@ -298,7 +306,7 @@ def run_train(options) -> int:
     from sdr.loading import load_clips
     from sdr.train import TrainConfig, train
 
-    config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__})
+    config = settings(TrainConfig, options)
     device = pick_device(options.device)
     records = ffpp_records(options.data, compression=options.compression, methods=options.methods)
     check_identities(records)

@@ -140,6 +140,8 @@ class Scorer:
 
     def _score(self, path: str | Path, progress: Progress) -> dict:
         config, shape = self.config, self.model.config
+        if Path(path).is_dir():
+            raise SDRError(path, "no video in this folder")
         with open_video(path, limits=config.limits) as video:
             expected = max(video.info.frames_declared, 1)
             found = detect_faces(
@@ -243,7 +245,7 @@ VIDEO_SUFFIXES = frozenset(f".{name}" for name in CONTAINERS.split())
 def find_videos(paths: Iterable[str | Path]) -> Iterator[Path]:
     """Files as given; a folder gives the video files below it by their suffix, sorted.
 
-    A folder without any is given back itself, so that scoring it reports the reason.
+    A folder without any is given back itself; scoring it reports that.
     """
     for path in map(Path, paths):
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else []

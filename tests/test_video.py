@@ -326,7 +326,7 @@ def test_overwritten_frames_are_reported(tmp_path, name, codec):
     middle = len(data) // 2
     data[middle : middle + 3000] = np.random.default_rng(1).bytes(3000)
     path.write_bytes(data)
-    assert decode(path)[2].damage
+    assert "errors the decoder reported" in decode(path)[2].damage
 
 
 def test_pass_that_was_abandoned_leaves_no_verdict(tmp_path):
@@ -452,8 +452,10 @@ def test_what_is_no_file_is_refused_without_opening_it(tmp_path):
         Path("/dev/zero"): "not a file but a device",
         tmp_path / ("n" * 300): "File name too long",
     }
-    for path, reason in reasons.items():
-        assert reason in error_of(path)
+    with OpenWatch(tmp_path / "fifo.mp4") as watch:
+        for path, reason in reasons.items():
+            assert reason in error_of(path)
+        assert not watch.opened()
     with pytest.raises(SDRError, match="null"):
         open_video("a\0b")
 
@@ -643,11 +645,32 @@ def test_stuck_worker_is_given_up_in_time(tmp_path):
     assert_no_children()
 
 
+LARGER_THAN_THE_PIPE = (1280, 720)
+
+
+def read_from_a_halting_worker(opened, frames) -> None:
+    """Halts the worker for 0.4 s before each frame."""
+    for _ in range(20):
+        process = opened._workers[0]._process
+        process.send_signal(signal.SIGSTOP)
+        threading.Timer(0.4, process.send_signal, (signal.SIGCONT,)).start()
+        next(frames)
+
+
+def test_short_waits_add_up(tmp_path):
+    path = barcode_video(tmp_path / "a.mp4", 20, LARGER_THAN_THE_PIPE)
+    with open_video(path, limits=Limits(seconds=1.5)) as opened:
+        with pytest.raises(SDRError, match=r"not decoded within 1\.5 s"):
+            read_from_a_halting_worker(opened, opened.frames())
+        time.sleep(0.5)  # the last timer
+    assert_no_children()
+
+
 def test_time_of_a_slow_reader_is_not_the_decoders(tmp_path):
-    path = barcode_video(tmp_path / "a.mp4", 6, (640, 480))
+    path = barcode_video(tmp_path / "a.mp4", 6, LARGER_THAN_THE_PIPE)
     with open_video(path, limits=Limits(seconds=1.5)) as opened:
         for _ in opened.frames():
-            time.sleep(0.3)
+            time.sleep(0.4)
         assert opened.frames_read == 6
 
 
