@@ -88,9 +88,9 @@ def open_container(fd: int, job: dict):
         return av.open(
             SharedFile(fd), format=job["demuxer"], options=options, metadata_errors="backslashreplace", io_open=_no_file
         )
-    except av.FFmpegError as error:
+    except (av.FFmpegError, PermissionError) as error:
         _stop_without_memory(error)
-        raise RefusedError(f"cannot be read as {job['demuxer']}: {error.strerror}", log=True) from None
+        raise RefusedError(f"cannot be read as {job['demuxer']}: {error.strerror or error}", log=True) from None
 
 
 def _no_file(url: str, flags: int, options: dict):
