@@ -178,7 +178,7 @@ class Scorer:
         self, cut: Iterable[tuple[int, np.ndarray]], plans: Sequence, times: np.ndarray
     ) -> tuple[tuple[ClipScore, ...], np.ndarray]:
         clips: dict[int, ClipScore] = {}
-        best, top = -1.0, None
+        best, top = (-1.0, 0), None
         cut = iter(cut)
         while batch := list(islice(cut, self.config.batch_size)):
             frames = torch.from_numpy(np.stack([clip for _, clip in batch])).permute(0, 4, 1, 2, 3)  # [N, 3, T, S, S]
@@ -190,8 +190,8 @@ class Scorer:
                 clips[index] = ClipScore(
                     plan.track, float(times[first]), float(times[last]), first, last, score, small[len(small) // 2]
                 )
-                if score > best:
-                    best, top = score, small
+                if (score, -index) > best:  # of equal clips the first, as the report finds it
+                    best, top = (score, -index), small
         return tuple(clips[i] for i in sorted(clips)), top
 
     @torch.inference_mode()
@@ -204,10 +204,14 @@ class Scorer:
             if self.config.views == "tpa":
                 V = self.model.config.num_branches
                 views = augment(views, TPAConfig(), seed=self.config.seed, epoch=0, samples=samples, num_views=V)
-            return self.model(views).logits.float().sigmoid().tolist()
+            scores = self.model(views).logits.float().sigmoid()
         except torch.OutOfMemoryError:
             if len(clips) == 1:
                 raise SDRError("memory", "one clip does not fit on the device", "--device cpu") from None
+        else:
+            if not scores.isfinite().all():
+                raise SDRError("weights", "the model gives no finite score for this clip")
+            return scores.tolist()
         half = len(clips) // 2
         return self.score_clips(clips[:half], samples[:half]) + self.score_clips(clips[half:], samples[half:])
 
