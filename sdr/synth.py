@@ -48,11 +48,13 @@ FORMAT = 1  # part of a folder's settings: raise it when the same seed gives oth
 EYES = 28.0
 PATCH = 96  # side of the inner-face patch, centred between eyes and mouth
 CANVAS = 256  # side of a portrait, face in its centre
-SHIFT_RADIUS = 1.6
-GAIN = 0.12
-RIPPLE = 19.0  # wavelength of the lighting ripple
-BLEND = (0.0, 0.45)
+DETAIL = 10.0  # wavelength below which the face's texture is what the shift and the blend act on
+SHIFT_RADIUS = 1.2
+GAIN = 0.06
+RIPPLE = 8.0  # wavelength of the lighting ripple
+BLEND = (0.0, 1.5)
 MOUTH_LEVELS = 5
+FLICKER = 0.15  # greatest standard deviation of a video's exposure from frame to frame
 
 
 class Perturbation(NamedTuple):
@@ -66,8 +68,9 @@ class Perturbation(NamedTuple):
 def draw_perturbation(method: str | None, frames: int, rng: np.random.Generator) -> Perturbation:
     """Parameters of a real video (``method=None``: constant) or of a forgery (some drawn anew for every frame).
 
-    Shift and gain are angles and the blend is a rotation between two faces of equal energy: whatever is drawn, the
-    inner face keeps its mean and nearly its variance, so averages over space say little about the parameters.
+    Shift and gain are angles and the blend is a rotation between two textures of equal energy: whatever is drawn, the
+    inner face keeps its mean and nearly its variance, so averages over space say little about the parameters. All act
+    on wavelengths of a few pixels, so that maxima over space say little either.
     """
     if method is not None and method not in VARYING:
         raise ValueError(f"method must be None or one of {METHODS}, got {method!r}")
@@ -204,7 +207,7 @@ def _lfw_portrait(index: int, rng: np.random.Generator) -> np.ndarray:
     inside = gray[88:162, 100:156]  # some of the pictures are very dark or bright: bring them to one exposure
     gray = rng.uniform(120, 160) + 38 * (gray - inside.mean()) / inside.std()
     skin = np.array([1.14, 0.97, 0.86]) * (1 + 0.02 * rng.standard_normal(3))
-    gray = gray + 2.5 * _noise(CANVAS, 3, 9, rng)  # the source is 25 pixels wide: give the skin some texture
+    gray = gray + 6 * _noise(CANVAS, 5, 11, rng)  # the source is 25 pixels wide: give the skin some texture
     face = gray[..., None] * skin
     tone = np.median(gray[88:162, 100:156]) * skin
     hair = np.array([60, 45, 35]) * rng.uniform(0.4, 2.2) + 12 * _noise(CANVAS, 3, 30, rng)[..., None]
@@ -301,11 +304,20 @@ def _carphone_base(start: int, frames: int, size: int) -> Base:
 
 
 def _base(role: Role, frames: int, size: int, fps: float, rng: np.random.Generator) -> Base:
+    """The video of ``role`` before the perturbation, under a flickering light as under a lamp on mains.
+
+    The flicker is the same for an id's real and fake videos. It hides the forgeries from a network without temporal
+    kernels, whose maximum over two frames otherwise shows that something changed.
+    """
     if role.identity == "carphone":
-        return _carphone_base(role.start, frames, size)
-    if role.identity == "astronaut":
-        return _portrait_base(_astronaut_portrait(), frames, size, fps, rng)
-    return _portrait_base(_lfw_portrait(int(role.identity.removeprefix("lfw")), rng), frames, size, fps, rng)
+        base = _carphone_base(role.start, frames, size)
+    elif role.identity == "astronaut":
+        base = _portrait_base(_astronaut_portrait(), frames, size, fps, rng)
+    else:
+        portrait = _lfw_portrait(int(role.identity.removeprefix("lfw")), rng)
+        base = _portrait_base(portrait, frames, size, fps, rng)
+    exposure = 1 + rng.uniform(0, FLICKER) * np.clip(rng.standard_normal(frames), -2, 2)
+    return Base(base.frames * exposure[:, None, None, None].astype(np.float32), base.poses)
 
 
 # --- the perturbation ------------------------------------------------------------------------------------------------
@@ -326,8 +338,14 @@ def inner_mask() -> np.ndarray:
     return 1 - _smooth(0.7, 0.6, np.hypot(x / 26, y / 29))
 
 
+def _detail(patches: np.ndarray) -> np.ndarray:
+    """The texture of wavelengths below DETAIL, [..., PATCH, PATCH]."""
+    squared = np.fft.rfftfreq(PATCH) ** 2 + np.fft.fftfreq(PATCH)[:, None] ** 2
+    return np.fft.irfft2(np.fft.rfft2(patches) * (1 - np.exp(-squared * DETAIL**2)), (PATCH, PATCH))
+
+
 def perturb(patches: np.ndarray, donor: np.ndarray, parameters: Perturbation) -> np.ndarray:
-    """The inner face with its blend, shift and gain.
+    """The inner face's detail, mixed with the donor's and shifted, and the lighting ripple.
 
     Args:
         patches: luminance of the inner face, [T, PATCH, PATCH].
@@ -343,9 +361,7 @@ def perturb(patches: np.ndarray, donor: np.ndarray, parameters: Perturbation) ->
     def moment(a: np.ndarray) -> np.ndarray:
         return (weight * a).sum((-2, -1), keepdims=True)
 
-    mean = moment(patches)
-    face = patches - mean
-    other = donor - moment(donor)
+    face, other = _detail(patches), _detail(donor)
     # orthogonal to the face and of its energy: a rotation between the two then changes no variance
     other = other - face * moment(face * other) / moment(face * face)
     other = other * np.sqrt(moment(face * face) / moment(other * other))
@@ -354,11 +370,10 @@ def perturb(patches: np.ndarray, donor: np.ndarray, parameters: Perturbation) ->
     # a shift by the Fourier theorem is exact: no fraction of a pixel is sharper than another
     fx, fy = np.fft.rfftfreq(PATCH), np.fft.fftfreq(PATCH)[:, None]
     dx, dy = (SHIFT_RADIUS * f(parameters.shift)[:, None, None] for f in (np.cos, np.sin))
-    padded = np.fft.rfft2(mixed) * np.exp(-2j * np.pi * (fx * dx + fy * dy))
-    shifted = mean + np.fft.irfft2(padded, (PATCH, PATCH))
+    shifted = np.fft.irfft2(np.fft.rfft2(mixed) * np.exp(-2j * np.pi * (fx * dx + fy * dy)), (PATCH, PATCH))
     x, y = _grid(PATCH)
     ripple = np.cos(2 * np.pi * (0.8 * x + 0.6 * y) / RIPPLE + parameters.gain[:, None, None])
-    return (mask * (shifted + GAIN * mean * ripple - patches)).astype(np.float32)
+    return (mask * (shifted - face + GAIN * moment(patches) * ripple)).astype(np.float32)
 
 
 def _apply(base: Base, delta: np.ndarray) -> Iterator[np.ndarray]:
