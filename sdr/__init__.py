@@ -5,6 +5,7 @@ from sdr.errors import SDRError
 from sdr.ftcn import FTCN
 from sdr.losses import SDRLoss
 from sdr.model import SDRModel
+from sdr.score import score_video
 
 __all__ = [
     "FTCN",
@@ -17,6 +18,7 @@ __all__ = [
     "TPAConfig",
     "ftcn_released",
     "paper",
+    "score_video",
     "tiny",
 ]
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from sdr.errors import SDRError, escape
 from sdr.files import make_folder, to_csv, write_atomic
@@ -73,7 +73,7 @@ def build_parser():
     convert = ArgumentParser(description="Convert an FTCN checkpoint to safetensors.")
     convert.add_argument("source", type=str, help="FTCN's published checkpoint (.pth)")
     convert.add_argument("target", type=str, help="safetensors file to write")
-    convert.add_argument("--to", type=str, default="ftcn", choices=("ftcn", "sdr"), help="the single branch or all")
+    convert.add_argument("--to", type=Literal["ftcn", "sdr"], default="ftcn", help="the single branch or all")
     convert.add_argument("--num_branches", type=int, default=4, help="of --to sdr")
     convert.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands.add_subcommand("convert", convert)
@@ -82,7 +82,9 @@ def build_parser():
 
 def add_shared_arguments(parser) -> None:
     """What every command that finds faces and runs a model takes."""
-    parser.add_argument("--detector", type=str, default="centerface", choices=("centerface", "retinaface"))
+    parser.add_argument(
+        "--detector", type=Literal["centerface", "retinaface"], default="centerface", help="face detector"
+    )
     parser.add_argument("--detector_weights", type=str | None, help="file or folder, so that nothing is downloaded")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--cache", type=str | None, help="folder for detections; default: the user's cache folder")
@@ -164,7 +166,7 @@ def run_score(options) -> int:
     fields = (*FIELDS, "truth") if options.truth else FIELDS
     write_atomic(out / "scores.csv", to_csv([{name: to_record(r)[name] for name in fields} for r in results], fields))
     metrics = known_metrics(results, config.threshold)
-    run = describe_run(options, type(model).__name__, info, metrics)
+    run = describe_run(options, type(model).__name__, info, metrics, len(results))
     write_atomic(out / "report.html", render_report(results, run))
     print_summary(results, metrics, info.synthetic, out)
     return 0 if all(result.score is not None for result in results) else 1
@@ -258,14 +260,14 @@ def known_metrics(results: Sequence[VideoScore], threshold: float) -> dict[str, 
     return video_metrics(*zip(*known, strict=True), threshold=threshold)
 
 
-def describe_run(options, model: str, info: WeightsInfo, metrics: dict[str, float]) -> RunInfo:
+def describe_run(options, model: str, info: WeightsInfo, metrics: dict[str, float], count: int) -> RunInfo:
     import sdr
     from sdr.report import RunInfo
 
     demonstration = options.weights is None
     name = "demonstration weights" if demonstration else escape(Path(options.weights).name)
     return RunInfo(
-        title="SDR scores",
+        title=f"Scores of {count} video{'s' if count != 1 else ''}",
         model=f"{model}, {name}: {info.origin}",
         demonstration=demonstration,
         synthetic=info.synthetic,
