@@ -49,10 +49,10 @@ EYES = 28.0
 PATCH = 96  # side of the inner-face patch, centred between eyes and mouth
 CANVAS = 256  # side of a portrait, face in its centre
 DETAIL = 10.0  # wavelength below which the face's texture is what the shift and the blend act on
-SHIFT_RADIUS = 1.2
+SHIFT_RADIUS = 1.1
 GAIN = 0.06
 RIPPLE = 8.0  # wavelength of the lighting ripple
-BLEND = (0.0, 1.5)
+BLEND = (0.0, 1.1)
 MOUTH_LEVELS = 5
 FLICKER = 0.15  # greatest standard deviation of a video's exposure from frame to frame
 
