@@ -6,18 +6,20 @@ Loading never executes code from a file: our own weights are safetensors, and a 
 
 import hashlib
 import json
+import os
 import pickle
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sdr.config import FTCNConfig, SDRConfig, ftcn_released, with_fields
+from sdr.config import FTCNConfig, SDRConfig, check_count, ftcn_released
 from sdr.errors import SDRError
+from sdr.faces import TEMPLATE, TEMPLATE_SIZE
 from sdr.files import write_atomic
 from sdr.ftcn import FTCN
 from sdr.model import SDRModel
@@ -45,9 +47,9 @@ class WeightsInfo:
     training: Mapping[str, object] = field(default_factory=dict)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in the order of the names."""
-    sha = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """sha256 over the metadata without its hash, then names, dtypes, shapes and bytes, each in the order of names."""
+    sha = hashlib.sha256(json.dumps(sorted(item for item in metadata.items() if item[0] != "sha256")).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -60,22 +62,25 @@ def save_weights(path: str | Path, model: FTCN | SDRModel, info: WeightsInfo) ->
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    config = model.config
-    preprocessing = {
-        "mean": IMAGENET_MEAN,
-        "std": IMAGENET_STD,
-        "image_size": config.image_size,
-        "num_frames": config.num_frames,
-    }
     metadata = {
         "format": FORMAT,
         "model": type(model).__name__,
-        "config": json.dumps(asdict(config)),
-        "preprocessing": json.dumps(preprocessing),
+        "config": json.dumps(asdict(model.config)),
+        "preprocessing": json.dumps(preprocessing(model.config)),
         "info": json.dumps(asdict(info)),
-        "sha256": digest(tensors),
     }
-    write_atomic(path, save(tensors, metadata))
+    write_atomic(path, save(tensors, metadata | {"sha256": digest(tensors, metadata)}))
+
+
+def preprocessing(config: FTCNConfig) -> dict:
+    """What a clip must be before it reaches the model."""
+    return {
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "image_size": config.image_size,
+        "num_frames": config.num_frames,
+        "template": (TEMPLATE / TEMPLATE_SIZE).round(6).tolist(),
+    }
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -86,9 +91,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if not path.is_file():
-        raise SDRError(path, "no such weights file" if not path.exists() else "is not a regular file")
+    check_file(path, "weights file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -98,12 +101,18 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise SDRError(path, f"is not a readable safetensors file: {error}".split("\n")[0], hint) from error
     if metadata.get("format") != FORMAT:
         raise SDRError(path, f"has format {metadata.get('format')!r}, expected {FORMAT!r}")
-    if digest(tensors) != metadata.get("sha256"):
-        raise SDRError(path, "is damaged: its tensors do not match the sha256 written with them")
+    if digest(tensors, metadata) != metadata.get("sha256"):
+        raise SDRError(path, "is damaged: its content does not match the sha256 written with it")
     return tensors, metadata
 
 
-def is_torch_file(path: Path) -> bool:
+def check_file(path: str | Path, what: str) -> None:
+    """Raise SDRError unless ``path`` is a regular file or a link to one; a path that no system takes is none."""
+    if not os.path.isfile(path):
+        raise SDRError(path, "is not a regular file" if os.path.exists(path) else f"no such {what}")
+
+
+def is_torch_file(path: str | Path) -> bool:
     with open(path, "rb") as file:
         magic = file.read(2)
     return magic == b"PK" or magic[:1] == b"\x80"  # zip, or the pickle of old versions
@@ -121,9 +130,12 @@ def load_model(path: str | Path) -> tuple[FTCN | SDRModel, WeightsInfo]:
         model_class, config_class = MODELS[metadata["model"]]
         config = config_class(**json.loads(metadata["config"]))
         info = WeightsInfo(**json.loads(metadata["info"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SDRError(path, f"describes a model that this version cannot build: {error}") from error
-    model = build_from(path, model_class, config, tensors)
+        expects = json.loads(metadata["preprocessing"])
+        model = build_from(path, model_class, config, tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise SDRError(path, f"describes a model that this version cannot build: {error}".split("\n")[0]) from error
+    if expects != preprocessing(config):
+        raise SDRError(path, f"was trained with preprocessing that this version does not do: {expects}")
     return model.eval(), info
 
 
@@ -159,6 +171,20 @@ def check_tensors(path: str | Path, expected: Mapping[str, Tensor], given: Mappi
         raise SDRError(path, "; ".join(problems))
 
 
+# what torch.load raises for a damaged file, besides its own error
+TORCH_LOAD_ERRORS = (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 # FTCN's names, in the order of application; facts of its published checkpoint
 FTCN_RENAMES = (
     (r"^module\.", ""),
@@ -192,26 +218,36 @@ def read_ftcn_checkpoint(path: str | Path) -> FTCN:
     Raises:
         SDRError: not a file of tensors, or keys that are not FTCN's; lists them by name.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SDRError(path, "no such checkpoint" if not path.exists() else "is not a regular file")
+    check_file(path, "checkpoint")
     if not is_torch_file(path):
         raise SDRError(path, "is not a checkpoint written by torch.save")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol; the outcome below is what the user is told
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SDRError(path, "holds more than tensors, and loading it would run code from it") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise SDRError(path, f"is not a readable checkpoint: {error}".split("\n")[0]) from error
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise SDRError(path, "is not a bare state_dict of tensors")
+    except TORCH_LOAD_ERRORS as error:
+        if "unsupported" in str(error).lower():  # how the restricted unpickler refuses a global or an instruction
+            raise SDRError(path, "holds more than tensors, and loading it would run code from it") from error
+        cause = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
+        raise SDRError(path, f"is not a readable checkpoint: {cause}") from error
+    if not isinstance(state, Mapping) or not all(map(is_plain_tensor, state.keys(), state.values())):
+        raise SDRError(path, "is not a bare state_dict of dense tensors")
     tensors = {
         rename_ftcn_key(key): tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()
     }
+    if len(tensors) != len(state):
+        raise SDRError(path, "names a tensor twice, with and without `module.`")
     stages = 4 if any(key.startswith("backbone.res5.") for key in tensors) else 3
-    return build_from(path, FTCN, with_fields(ftcn_released().branch(), backbone_stages=stages), tensors)
+    return build_from(path, FTCN, replace(ftcn_released().branch(), backbone_stages=stages), tensors)
+
+
+def is_plain_tensor(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+    )
 
 
 def sdr_from_ftcn(ftcn: FTCN, num_branches: int = 4) -> SDRModel:
@@ -221,7 +257,9 @@ def sdr_from_ftcn(ftcn: FTCN, num_branches: int = 4) -> SDRModel:
     all branches the logit is FTCN's. TRFI's heads keep their random start: scoring does not use them.
     """
     config = SDRConfig(**asdict(ftcn.config), num_branches=num_branches)
-    model = SDRModel(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the heads' start, so that one checkpoint always converts to the same bytes
+        model = SDRModel(config)
     for branch in model.branches:
         branch.load_state_dict(ftcn.backbone.state_dict())
     model.transformer.load_state_dict(ftcn.transformer.state_dict())
@@ -247,6 +285,7 @@ def convert(source: str | Path, target: str | Path, *, to: str = "ftcn", num_bra
     """
     if to not in ("ftcn", "sdr"):
         raise ValueError(f"to must be ftcn or sdr, got {to!r}")
+    check_count("num_branches", num_branches)
     model = read_ftcn_checkpoint(source)
     if to == "sdr":
         model = sdr_from_ftcn(model, num_branches)

@@ -1,21 +1,24 @@
 """The command line: sdr score | synth | train | convert.
 
-Exit codes: 0 all done, 1 some videos were not scored or a file was unusable, 2 bad usage.
+Exit codes: 0 all done; 1 some videos were not scored; 2 the command could not be done: bad usage, or a file or setting
+that it cannot do without is unusable; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO
+from typing import TYPE_CHECKING, Literal
 
 from sdr.errors import SDRError, escape
-from sdr.files import make_folder, to_csv, write_atomic
+from sdr.files import append_line, make_folder, to_csv, write_atomic
 
 if TYPE_CHECKING:  # importing them for real waits until a command needs them
     from sdr.checkpoint import WeightsInfo
@@ -96,11 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     command = arguments.subcommand
-    options = parser.instantiate(arguments)[command]
+    run = {"score": run_score, "synth": run_synth, "train": run_train, "convert": run_convert}[command]
     try:
-        return {"score": run_score, "synth": run_synth, "train": run_train, "convert": run_convert}[command](options)
+        with refusals():
+            options = parser.instantiate(arguments)[command]
+        return run(options)
     except SDRError as error:
-        if options.debug:
+        if arguments[command].debug:
             raise
         print(f"sdr {command}: {error}", file=sys.stderr)
         return 2
@@ -109,12 +114,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def settings(kind: type, options):
-    """A configuration out of the command's options; what its own checks refuse is one line."""
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a configuration's or a function's own checks refuse becomes one line."""
     try:
-        return kind(**{name: options[name] for name in kind.__dataclass_fields__})
+        yield
     except ValueError as error:
         raise SDRError("options", str(error)) from error
+
+
+def settings(kind: type, options):
+    """A configuration out of the command's options."""
+    with refusals():
+        return kind(**{name: options[name] for name in kind.__dataclass_fields__})
+
+
+def require(extra: str, *packages: str) -> None:
+    """Raise SDRError for a package that is missing, before any work is done that would be lost for want of it."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise SDRError(package, "is not installed", f"pip install 'sdr[{extra}]'")
 
 
 def pick_device(name: str):
@@ -124,9 +143,12 @@ def pick_device(name: str):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise SDRError("--device", f"{name!r} cannot be used: {error}".split("\n")[0]) from error
+    if device.type not in ("cpu", "cuda"):
+        raise SDRError("--device", f"must be auto, cpu or cuda, got {name!r}")
+    return device
 
 
 def pick_cache(options) -> Path:
@@ -153,22 +175,29 @@ def run_score(options) -> int:
     from sdr.report import render_report
     from sdr.score import ScoreConfig, Scorer
 
+    require("report", "jinja2", "plotly", "PIL")
+    if options.truth is not None:
+        require("train", "sklearn")
     out = Path(options.out)
     if options.weights is None:
         print(DEMONSTRATION_NOTE, file=sys.stderr)
     model, info = load_model(options.weights or DEMONSTRATION)
     config = settings(ScoreConfig, options)
     detector = load_detector(options.detector, weights=options.detector_weights)
-    scorer = Scorer(model.to(pick_device(options.device)), detector, config, cache=pick_cache(options))
+    with refusals():
+        scorer = Scorer(model.to(pick_device(options.device)), detector, config, cache=pick_cache(options))
     videos = list_videos(options)
     make_folder(out)
-    results = score_all(scorer, videos, out / "scores.jsonl")
+    results, interrupted = score_all(scorer, videos, out / "scores.jsonl")
     fields = (*FIELDS, "truth") if options.truth else FIELDS
     write_atomic(out / "scores.csv", to_csv([{name: to_record(r)[name] for name in fields} for r in results], fields))
     metrics = known_metrics(results, config.threshold)
     run = describe_run(options, type(model).__name__, info, metrics, len(results))
     write_atomic(out / "report.html", render_report(results, run))
     print_summary(results, metrics, info.synthetic, out)
+    if interrupted:
+        print(f"sdr score: interrupted after {len(results)} of {len(videos)} videos", file=sys.stderr)
+        return 130
     return 0 if all(result.score is not None for result in results) else 1
 
 
@@ -183,17 +212,22 @@ def list_videos(options) -> list[tuple[Path, int | None]]:
             raise SDRError("--split", "needs --truth, whose file names the splits")
         return [(video, None) for video in videos]
     labels = read_labels(options.truth, split=options.split)
-    if options.split is not None:
-        videos = [video for video in videos if video.resolve() in labels]
-        if not videos:
-            raise SDRError(options.truth, f"lists none of the given videos in split {options.split!r}")
-    return [(video, labels.get(video.resolve())) for video in videos]
+    if not any(os.path.realpath(video) in labels for video in videos):
+        place = "" if options.split is None else f" in split {options.split!r}"
+        raise SDRError(options.truth, f"lists none of the given videos{place}")
+    known = [(video, labels.get(os.path.realpath(video))) for video in videos]
+    return known if options.split is None else [(video, label) for video, label in known if label is not None]
 
 
-def score_all(scorer: Scorer, videos: Sequence[tuple[Path, int | None]], log: Path) -> list[VideoScore]:
-    """Score one after the other; each result is a line of ``log`` as soon as it is there."""
-    results = []
-    with open_log(log) as lines, progress_bars() as bars:
+def score_all(scorer: Scorer, videos: Sequence[tuple[Path, int | None]], log: Path) -> tuple[list[VideoScore], bool]:
+    """Score one after the other; each result is a line of ``log`` as soon as it is there.
+
+    Returns:
+        The results, and whether Ctrl-C ended the run before the last video.
+    """
+    results: list[VideoScore] = []
+    write_atomic(log, "")
+    with progress_bars() as bars, suppress(KeyboardInterrupt):
         total = bars.add_task("all videos", total=len(videos), visible=len(videos) > 1)
         for path, truth in videos:
             name = escape(path.name)[-40:]
@@ -205,21 +239,10 @@ def score_all(scorer: Scorer, videos: Sequence[tuple[Path, int | None]], log: Pa
             )
             bars.remove_task(bar)
             bars.console.print(one_line(result), markup=False, highlight=False, soft_wrap=True)
-            lines.write(json.dumps(to_record(result) | {"clip_scores": clip_records(result)}) + "\n")
-            lines.flush()
+            append_line(log, json.dumps(to_record(result) | {"clip_scores": clip_records(result)}))
             results.append(result)
             bars.advance(total)
-    return results
-
-
-@contextmanager
-def open_log(path: Path) -> Iterator[TextIO]:
-    """A text file to write lines to; what the folder refuses is one line for the user."""
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise SDRError(path, f"cannot be written: {error.strerror}") from error
+    return results, len(results) < len(videos)
 
 
 def one_line(result: VideoScore) -> str:
@@ -286,6 +309,9 @@ def print_summary(results: Sequence[VideoScore], metrics: dict[str, float], synt
     print(", ".join(f"{states.count(state)} {state}" for state in ("real", "fake", "inconclusive")))
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
+    known = sum(result.truth is not None for result in results)
+    if known and not metrics:
+        print(f"no metrics: the {known} videos with a known label hold no score of one of the two classes")
     if metrics and synthetic:
         print(SYNTHETIC_NOTE)
     print(f"report: {escape((out / 'report.html').resolve())}")
@@ -296,8 +322,13 @@ def run_synth(options) -> int:
 
     settings = {name: value for name, value in vars(options).items() if name not in ("debug", "config")}
     with progress_bars() as bars:
-        bar = bars.add_task("videos", total=None)
-        synthesize(**settings, progress=lambda done, total: bars.update(bar, completed=done, total=total))
+        bar = bars.add_task("videos", total=None, visible=False)  # until the settings are found sound
+
+        def report(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total, visible=True)
+
+        with refusals():
+            synthesize(**settings, progress=report)
     print(f"videos: {escape(Path(options.out).resolve())}")
     return 0
 
@@ -313,22 +344,24 @@ def run_train(options) -> int:
     records = ffpp_records(options.data, compression=options.compression, methods=options.methods)
     check_identities(records)
     synthetic = is_synthetic(options.data)
+    require("train", "sklearn")
     sets = {}
     for split in ("train", "val"):
         chosen = [record for record in records if record.split == split]
         with progress_bars() as bars:
             bar = bars.add_task(f"clips of {split}", total=len(chosen))
-            sets[split] = load_clips(
-                chosen,
-                config.model(),
-                detector=options.detector,
-                weights=options.detector_weights,
-                clips_per_video=options.clips_per_video,
-                workers=options.workers,
-                max_bad=options.max_bad,
-                cache=pick_cache(options),
-                progress=lambda n: bars.update(bar, completed=n),  # noqa: B023
-            )
+            with refusals():
+                sets[split] = load_clips(
+                    chosen,
+                    config.model(),
+                    detector=options.detector,
+                    weights=options.detector_weights,
+                    clips_per_video=options.clips_per_video,
+                    workers=options.workers,
+                    max_bad=options.max_bad,
+                    cache=pick_cache(options),
+                    progress=lambda n: bars.update(bar, completed=n),  # noqa: B023
+                )
         for record, reason in sets[split].failures:
             print(f"left out: {escape(record.path)}: {reason}", file=sys.stderr)
     kind = "synthetic matched-marginals" if synthetic else options.compression
@@ -355,7 +388,8 @@ def run_train(options) -> int:
 def run_convert(options) -> int:
     from sdr.checkpoint import convert
 
-    model = convert(options.source, options.target, to=options.to, num_branches=options.num_branches)
+    with refusals():
+        model = convert(options.source, options.target, to=options.to, num_branches=options.num_branches)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{type(model).__name__} with {count / 1e6:.3f} M parameters: {escape(Path(options.target).resolve())}")
     return 0

@@ -1,6 +1,6 @@
 """Model configuration and its presets; every decision that the paper leaves open is a named field."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 TEMPORAL_STRIDE = 2  # MaxPool (2,1,1) after res2: two frames become one token
@@ -17,13 +17,22 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     check(value in choices, name, f"be one of {', '.join(choices)}", value)
 
 
+def check_count(name: str, value: object) -> None:
+    """A size: a whole number from 1, and small enough that no product of two sizes can overflow."""
+    check(type(value) is int and 1 <= value < 2**31, name, "be at least 1 and a whole number below 2**31", value)
+
+
+def check_flag(name: str, value: object) -> None:
+    check(isinstance(value, bool), name, "be true or false", value)
+
+
 @dataclass(frozen=True)
 class FTCNConfig:
     """One temporal-only 3D ResNet and its temporal transformer (FTCN, ICCV 2021).
 
     Args:
         num_frames: frames T of a clip; a multiple of 2.
-        image_size: height and width of a clip's frames in pixels; a multiple of 32 keeps every pool exact.
+        image_size: height and width of a clip's frames in pixels; every pool halves it exactly.
         width: channels of the stem; res2 has 4 x width, each later stage doubles it.
         backbone_stages: residual stages: 3 ends at res4 (published FTCN weights), 4 at res5 (full ResNet-50).
         blocks: bottlenecks of each stage, at least ``backbone_stages`` numbers.
@@ -52,12 +61,15 @@ class FTCNConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         for name in ("num_frames", "image_size", "width", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim"):
-            check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+            check_count(name, getattr(self, name))
+        check_flag("temporal_kernels", self.temporal_kernels)
         check(self.num_frames % TEMPORAL_STRIDE == 0, "num_frames", "be even", self.num_frames)
-        check(self.image_size % 4 == 0, "image_size", "be a multiple of 4", self.image_size)
-        check(1 <= self.backbone_stages <= 4, "backbone_stages", "lie in 1..4", self.backbone_stages)
+        check(self.backbone_stages in (1, 2, 3, 4), "backbone_stages", "be 1, 2, 3 or 4", self.backbone_stages)
+        halvings = 2 ** (self.backbone_stages + 1)
+        check(self.image_size % halvings == 0, "image_size", f"be a multiple of {halvings}", self.image_size)
         check(len(self.blocks) >= self.backbone_stages, "blocks", "name every stage", self.blocks)
-        check(all(n >= 1 for n in self.blocks), "blocks", "be positive", self.blocks)
+        for number in self.blocks:
+            check_count("blocks", number)
         check(0 <= self.dropout < 1, "dropout", "lie in [0, 1)", self.dropout)
 
     @property
@@ -88,7 +100,8 @@ class SDRConfig(FTCNConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.num_branches >= 1, "num_branches", "be at least 1", self.num_branches)
+        check_count("num_branches", self.num_branches)
+        check_flag("share_weights", self.share_weights)
         check_choice("joint_feature", self.joint_feature, ("linear", "mean", "sum", "mlp"))
 
     def branch(self) -> FTCNConfig:
@@ -208,8 +221,3 @@ class TPAConfig:
         for name in ("crop_area", "cutout_area"):
             check(getattr(self, name)[1] <= 1, name, "not pass 1", getattr(self, name))
         check_choice("cutout_fill", self.cutout_fill, ("mean", "black"))
-
-
-def with_fields(config: FTCNConfig, **fields: object) -> FTCNConfig:
-    """A copy of a frozen configuration with some fields replaced and all checks run again."""
-    return replace(config, **fields)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from sdr.errors import SDRError
 
 SPLITS = ("train", "val", "test")
+FFPP_METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+# of `sdr synth`
+SYNTH_METHODS = ("ShiftJitter", "GainFlicker", "BlendFlicker", "FullJitter")
 SYNTH_SETTINGS = "synth.json"
 
 
@@ -30,7 +34,7 @@ def ffpp_records(root: str | Path, *, compression: str = "c23", methods: Sequenc
         root: holds original_sequences, manipulated_sequences and splits/{train,val,test}.json, or those json files
             beside them.
         compression: c23, c40 or raw.
-        methods: manipulations to read; None takes every folder there is.
+        methods: manipulations to read; None takes the paper's four and `sdr synth`'s, of which there is a folder.
 
     Raises:
         SDRError: a folder, a split file or a listed video is missing; the missing videos are named.
@@ -40,7 +44,7 @@ def ffpp_records(root: str | Path, *, compression: str = "c23", methods: Sequenc
     if not (root / "original_sequences").is_dir() or not manipulated.is_dir():
         raise SDRError(root, "is not in FaceForensics++'s layout: no original_sequences or manipulated_sequences")
     if methods is None:
-        methods = sorted(folder.name for folder in manipulated.iterdir() if (folder / compression).is_dir())
+        methods = [name for name in (*FFPP_METHODS, *SYNTH_METHODS) if (manipulated / name / compression).is_dir()]
     sources = {"real": root / "original_sequences" / "youtube" / compression / "videos"}
     sources |= {method: manipulated / method / compression / "videos" for method in methods}
     for folder in sources.values():
@@ -64,33 +68,48 @@ def read_pairs(root: Path, split: str) -> list[tuple[str, str]]:
     if path is None:
         raise SDRError(root / "splits" / f"{split}.json", "no such split file")
     try:
-        return [(str(a), str(b)) for a, b in json.loads(path.read_text())]
-    except (ValueError, TypeError) as error:
-        raise SDRError(path, f"is not a JSON list of id pairs: {error}") from error
+        pairs = json.loads(path.read_text())
+    except OSError as error:
+        raise SDRError(path, f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        pairs = None
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise SDRError(path, "is not a JSON list of id pairs")
+    return [(str(a), str(b)) for a, b in pairs]
 
 
-def read_labels(path: str | Path, *, split: str | None = None) -> dict[Path, int]:
-    """Known labels by resolved path, 1 = fake.
+def read_labels(path: str | Path, *, split: str | None = None) -> dict[str, int]:
+    """Known labels by real path, 1 = fake.
 
     Args:
         path: CSV with the columns path, label and, where ``split`` is given, split; paths relative to its folder.
         split: read only the rows of this split.
     """
     path = Path(path)
+    needed = ("path", "label", *(("split",) if split else ()))
+    labels: dict[str, int] = {}
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if split is None or row["split"] == split]
-        return {(path.parent / row["path"]).resolve(): parse_label(row["label"]) for row in rows}
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if missing := [name for name in needed if name not in (reader.fieldnames or ())]:
+                raise SDRError(path, f"has no column {' and no column '.join(missing)}")
+            for row in reader:
+                if split is None or row["split"] == split:
+                    add_label(labels, path.parent, row, f"line {reader.line_num}")
     except OSError as error:
         raise SDRError(path, f"cannot be read: {error.strerror}") from error
-    except (KeyError, ValueError, csv.Error) as error:
-        raise SDRError(path, f"needs the columns path and label with labels 0 and 1: {error}") from error
+    except (ValueError, csv.Error) as error:
+        raise SDRError(path, f"is not a table of known labels: {error}") from error
+    return labels
 
 
-def parse_label(text: str) -> int:
-    if text.strip() not in ("0", "1"):
-        raise ValueError(f"label must be 0 or 1, got {text!r}")
-    return int(text)
+def add_label(labels: dict[str, int], folder: Path, row: dict[str, str | None], where: str) -> None:
+    """Put one row into ``labels``; raises ValueError for a label that is not 0 or 1, or that contradicts another."""
+    if not row["path"] or row["label"] not in ("0", "1"):
+        raise ValueError(f"{where} must hold a path and the label 0 or 1, got {row['path']!r} and {row['label']!r}")
+    key = os.path.realpath(folder / row["path"])
+    if labels.setdefault(key, int(row["label"])) != int(row["label"]):
+        raise ValueError(f"{where} contradicts an earlier label of {row['path']}")
 
 
 def is_synthetic(root: str | Path) -> bool:

@@ -139,8 +139,9 @@ def describe(container, stream, job: dict) -> dict:
     }
     check_pixels(stream.width, stream.height, job)
     check_frames(stream.frames, job)
-    if job["demuxer"] == "mov" and stream.frames:
-        # after the edit list: what is hidden by it carries the discard flag
+    if job["demuxer"] in ("mov", "avi") and stream.frames and len(stream.index_entries):
+        # mov: what the edit list hides carries the discard flag; avi: the header also counts the empty chunks of a
+        # variable rate, the index does not
         check_frames(len(stream.index_entries), job)
         info["frames"] = sum(not entry.is_discard for entry in stream.index_entries)
     if not info["frames"]:

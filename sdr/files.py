@@ -3,7 +3,7 @@
 import csv
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,16 +17,16 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
         SDRError: the folder is missing, full or not writable, or ``path`` is something other than a regular file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
+    if os.path.lexists(path) and not os.path.isfile(path):
         raise SDRError(path, "is not a regular file, so it is not replaced")
     data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
+        name = path.parent / f".{secrets.token_hex(8)}.tmp"
+        with open(name, "xb") as file:  # not mkstemp, whose files nobody else may read
+            temporary = name
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~current_umask())
             os.fsync(file.fileno())
         os.replace(temporary, path)
         temporary = None
@@ -47,11 +47,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a text file; raises SDRError where it cannot be written."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise SDRError(path, f"cannot be written: {error.strerror}") from error
 
 
 def make_folder(path: Path) -> None:

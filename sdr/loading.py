@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdr.config import FTCNConfig
+from sdr.config import FTCNConfig, check
 from sdr.datasets import Record
 from sdr.errors import SDRError
 from sdr.faces import cut_clips, detect_faces, load_detector, plan_clips, track_faces
@@ -85,6 +85,9 @@ def load_clips(
     Raises:
         SDRError: more than ``max_bad`` of the videos gave no clip; names the first and its reason.
     """
+    for name, value in (("workers", workers), ("clips_per_video", clips_per_video)):
+        check(value >= 1, name, "be at least 1", value)
+    check(0 <= max_bad <= 1, "max_bad", "lie in 0..1", max_bad)
     work = partial(cut_record, config=config, detector=detector, weights=weights, most=clips_per_video, cache=cache)
     good: list[tuple[Record, np.ndarray]] = []
     failures: list[tuple[Record, str]] = []

@@ -33,6 +33,8 @@ def leave_one_out_kl(
         Scalar, float32 or wider.
     """
     dtype = torch.promote_types(joint_logits.dtype, torch.float32)
+    if loo_logits.shape[1] == 0:
+        return joint_logits.new_zeros((), dtype=dtype)
     log_joint = F.log_softmax(joint_logits.to(dtype) / temperature, -1).unsqueeze(1)  # [B, 1, K]
     log_loo = F.log_softmax(loo_logits.to(dtype) / temperature, -1)  # [B, V, K]
     if detach_joint:

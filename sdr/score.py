@@ -1,5 +1,6 @@
 """A video file to a score, a timeline and the reason for it."""
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdr.config import TPAConfig, check, check_choice
-from sdr.errors import SDRError
+from sdr.errors import SDRError, escape
 from sdr.faces import Detector, cut_clips, detect_faces, plan_clips, track_faces
 from sdr.ftcn import FTCN
 from sdr.model import SDRModel
@@ -110,7 +111,7 @@ class Scorer:
 
     Args:
         model: in evaluation mode, on its device.
-        detector: see :func:`sdr.faces.load_detector`.
+        detector: see :func:`sdr.detectors.load_detector`.
         config: how to score.
         cache: folder for detections; None keeps none.
     """
@@ -136,14 +137,22 @@ class Scorer:
             fields |= self._score(path, progress or (lambda what, share: None))
         except SDRError as error:
             fields |= {"score": None, "state": "inconclusive", "reason": error.reason}
+        except (
+            OSError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # of the machine or a library
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
+            fields |= {"score": None, "state": "inconclusive", "reason": escape(cause)}
         return VideoScore(**fields, seconds=time.perf_counter() - began)
 
     def _score(self, path: str | Path, progress: Progress) -> dict:
         config, shape = self.config, self.model.config
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             raise SDRError(path, "no video in this folder")
         with open_video(path, limits=config.limits) as video:
-            expected = max(video.info.frames_declared, 1)
+            info = video.info
+            expected = info.frames_declared or round(info.duration * info.fps) or config.limits.max_frames
             found = detect_faces(
                 video, self.detector, cache=self.cache, progress=lambda n: progress("faces", 0.6 * min(1, n / expected))
             )
@@ -205,9 +214,11 @@ class Scorer:
                 V = self.model.config.num_branches
                 views = augment(views, TPAConfig(), seed=self.config.seed, epoch=0, samples=samples, num_views=V)
             scores = self.model(views).logits.float().sigmoid()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
             if len(clips) == 1:
-                raise SDRError("memory", "one clip does not fit on the device", "--device cpu") from None
+                raise SDRError("memory", f"one clip does not fit into the memory of {device}") from None
         else:
             if not scores.isfinite().all():
                 raise SDRError("weights", "the model gives no finite score for this clip")
@@ -247,13 +258,21 @@ VIDEO_SUFFIXES = frozenset(f".{name}" for name in CONTAINERS.split())
 
 
 def find_videos(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """Files as given; a folder gives the video files below it by their suffix, sorted.
+    """Files as given; a folder gives the video files below it by their suffix, sorted; each file once.
 
     A folder without any is given back itself; scoring it reports that.
     """
+    seen = set()
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else []
-        yield from inside or [path]
+        inside = sorted(p for p in path.rglob("*") if is_video_name(p)) if os.path.isdir(path) else []
+        for video in inside or [path]:
+            if (real := os.path.realpath(video)) not in seen:
+                seen.add(real)
+                yield video
+
+
+def is_video_name(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(path)
 
 
 def score_video(

@@ -20,11 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sdr.datasets import SPLITS, SYNTH_SETTINGS
+from sdr.datasets import SPLITS, SYNTH_METHODS, SYNTH_SETTINGS
 from sdr.errors import SDRError
 from sdr.files import make_folder, to_csv, write_atomic
 
-METHODS = ("ShiftJitter", "GainFlicker", "BlendFlicker", "FullJitter")
 VARYING = {  # which parameters of a forgery are drawn anew for every frame
     "ShiftJitter": ("shift",),
     "GainFlicker": ("gain",),
@@ -73,7 +72,7 @@ def draw_perturbation(method: str | None, frames: int, rng: np.random.Generator)
     on wavelengths of a few pixels, so that maxima over space say little either.
     """
     if method is not None and method not in VARYING:
-        raise ValueError(f"method must be None or one of {METHODS}, got {method!r}")
+        raise ValueError(f"method must be None or one of {SYNTH_METHODS}, got {method!r}")
     draws = rng.random((3, frames))
     for row, name in zip(draws, Perturbation._fields, strict=True):
         if method is None or name not in VARYING[method]:
@@ -447,8 +446,8 @@ def _check(settings: dict, workers: int | None) -> None:
             raise ValueError(f"{name} must be {'even and ' if name in even else ''}in {low}..{high}, got {value}")
     if not crf or len(set(crf)) != len(crf) or not all(0 <= c <= 51 for c in crf):
         raise ValueError(f"crf must be different values in 0..51, got {crf}")
-    if not methods or len(set(methods)) != len(methods) or not set(methods) <= set(METHODS):
-        raise ValueError(f"methods must be different ones of {METHODS}, got {methods}")
+    if not methods or len(set(methods)) != len(methods) or not set(methods) <= set(SYNTH_METHODS):
+        raise ValueError(f"methods must be different ones of {SYNTH_METHODS}, got {methods}")
     if settings["seed"] < 0:
         raise ValueError(f"seed must not be negative, got {settings['seed']}")
     if workers is not None and workers < 1:
@@ -482,7 +481,7 @@ def _make(number: int, donor_number: int, *, roles: Sequence[Role], settings: di
     patches = _patches(base)
     files = []
     for method in (None, *settings["methods"]):
-        stream = 0 if method is None else 1 + METHODS.index(method)  # independent of which methods were chosen
+        stream = 0 if method is None else 1 + SYNTH_METHODS.index(method)  # independent of which methods were chosen
         parameters = draw_perturbation(method, frames, np.random.default_rng([seed, 2, number, stream]))
         video = list(_apply(base, perturb(patches, donor, parameters)))
         name = f"{number:03d}" if method is None else f"{number:03d}_{donor_number:03d}"
@@ -510,7 +509,7 @@ def synthesize(
     size: int = 160,
     fps: int = 25,
     crf: Sequence[int] = (23, 40),
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = SYNTH_METHODS,
     seed: int = 0,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -526,7 +525,7 @@ def synthesize(
         frames: frames of each video.
         size: width and height in pixels, even.
         crf: H.264 quality factors; each becomes a folder ``c23``, ``c40``...
-        methods: forgery types, from METHODS.
+        methods: forgery types, from SYNTH_METHODS.
         workers: threads; None takes the machine's cores.
         progress: called with (files written, files in all).
     """

@@ -104,8 +104,10 @@ def affine(linear: np.ndarray, offset: float = 0.0) -> np.ndarray:
 
 def normalise(clip: Tensor) -> Tensor:
     """uint8 RGB, [..., 3, T, H, W], to float32 with ImageNet statistics; floats are returned as they are."""
-    if clip.dtype != torch.uint8:
+    if clip.is_floating_point():
         return clip
+    if clip.dtype != torch.uint8:
+        raise TypeError(f"clip must be uint8 or floating, got {clip.dtype}")
     return standardise(clip.float() / 255)
 
 

@@ -1,23 +1,28 @@
 """The training step and loop: one process, the reference model, all losses, TPA."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sdr.checkpoint import WeightsInfo, save_weights
-from sdr.config import PRESETS, LossConfig, SDRConfig, TPAConfig, check, check_choice, with_fields
+from sdr.checkpoint import WeightsInfo, load_model, save_weights, sdr_from_ftcn
+from sdr.config import PRESETS, LossConfig, SDRConfig, TPAConfig, check, check_choice
 from sdr.errors import SDRError
 from sdr.evaluate import video_metrics
 from sdr.files import make_folder, to_csv, write_atomic
+from sdr.ftcn import FTCN
 from sdr.loading import ClipSet, balanced_batches
 from sdr.losses import Losses, SDRLoss
 from sdr.model import SDRModel
 from sdr.tpa import augment
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class TrainConfig:
         epochs: passes over the larger class.
         batch_size: clips per step, half of them real.
         lr: of Adam, after the warm-up.
+        weight_decay: of Adam.
+        precision: ``bf16`` runs convolutions and products in bfloat16; weights, BN statistics and losses stay float32.
+        init: weights of an FTCN (`sdr convert`) that every branch and the transformer start from; None starts anew.
         warmup_epochs: linear from 0; then a cosine to 0.
         seed: of initialisation, order and augmentation.
         max_bad_steps: consecutive steps with a non-finite loss or gradient after which training stops.
@@ -44,6 +52,9 @@ class TrainConfig:
     epochs: int = 100
     batch_size: int = 16
     lr: float = 1e-4
+    weight_decay: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    init: str | None = None
     warmup_epochs: float = 10
     seed: int = 0
     max_bad_steps: int = 10
@@ -56,13 +67,15 @@ class TrainConfig:
             check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
         check(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "be even", self.batch_size)
         check(self.lr > 0, "lr", "be positive", self.lr)
+        check(self.weight_decay >= 0, "weight_decay", "not be negative", self.weight_decay)
+        check_choice("precision", self.precision, ("fp32", "bf16"))
         check(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", "lie in 0..epochs", self.warmup_epochs)
 
     def model(self) -> SDRConfig:
         fields = {"temporal_kernels": self.temporal_kernels}
         if self.num_branches is not None:
             fields["num_branches"] = self.num_branches
-        return with_fields(PRESETS[self.preset](), **fields)
+        return replace(PRESETS[self.preset](), **fields)
 
 
 def learning_rate(config: TrainConfig, epoch: float) -> float:
@@ -73,17 +86,28 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - config.warmup_epochs) / rest)))
 
 
+def start_model(config: TrainConfig) -> SDRModel:
+    """The model before its first step: from FTCN's weights where ``init`` names them."""
+    if config.init is None:
+        return SDRModel(config.model())
+    source, _ = load_model(config.init)
+    model = sdr_from_ftcn(source, config.model().num_branches) if isinstance(source, FTCN) else source
+    if model.config != config.model():
+        raise SDRError(config.init, f"has the configuration {model.config}", f"the run asks for {config.model()}")
+    return model
+
+
 class Trainer:
     """Model, losses and optimiser of one run; ``step`` is one update."""
 
     def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         torch.manual_seed(config.seed)
-        self.model = SDRModel(config.model()).to(device)
+        self.model = start_model(config).to(device)
         self.loss = SDRLoss(config.loss).to(device)
         self.device = torch.device(device)
         self.parameters = [*self.model.parameters(), *self.loss.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
         self.bad_steps = 0
 
     def step(self, clips: Tensor, labels: Tensor, *, samples: Sequence[int], epoch: float) -> Losses:
@@ -103,7 +127,9 @@ class Trainer:
         )
         statistics = [b.clone() for b in self.model.buffers()]
         self.model.train()
-        losses = self.loss(self.model(views), labels.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output = self.model(views)
+        losses = self.loss(output, labels.to(self.device))
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         for group in self.optimizer.param_groups:
@@ -120,9 +146,10 @@ class Trainer:
         with torch.no_grad():
             for buffer, saved in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(saved)
+        names = ", ".join(map(str, samples))
+        logger.warning("step skipped, its loss or gradient is not finite; samples %s", names)
         self.bad_steps += 1
         if self.bad_steps >= self.config.max_bad_steps:
-            names = ", ".join(map(str, samples))
             raise SDRError("training", f"{self.bad_steps} steps in a row had no finite loss", f"last samples: {names}")
 
     @torch.inference_mode()
@@ -177,20 +204,13 @@ def train(
             figures = {name: value.item() for name, value in losses._asdict().items()}
             rows.append({"step": len(rows) + 1, "epoch": round(now, 4), **figures})
             report(len(rows), steps, figures)
-    metrics = evaluate(trainer, validation) if validation else {}
     weights = out / "model.safetensors"
-    save_weights(
-        weights,
-        trainer.model,
-        WeightsInfo(
-            origin=info.origin,
-            synthetic=info.synthetic,
-            metrics={f"validation {name}": value for name, value in metrics.items()},
-            training=to_json(config),
-        ),
-    )
+    info = replace(info, training=to_json(config))
+    save_weights(weights, trainer.model, info)  # before the evaluation, whose failure must not cost the run
     write_atomic(out / "log.csv", to_csv(rows, tuple(rows[0])))
     write_atomic(out / "config.json", json.dumps(to_json(config), indent=2) + "\n")
+    metrics = evaluate(trainer, validation) if validation else {}
+    save_weights(weights, trainer.model, replace(info, metrics={f"validation {n}": v for n, v in metrics.items()}))
     return weights, metrics
 
 

@@ -170,6 +170,12 @@ class Video:
         return "; ".join(escape(text) for happened, text in parts if happened)
 
 
+HEADER_FIELDS = {"demuxer": str, "codec": str, "log_bytes": int, "frames": int, "width": int, "height": int}
+HEADER_FIELDS |= {"fps": float, "duration": float}
+END_FIELDS = {"read": int, "corrupt": int, "failed": int, "stopped": str}
+REFUSAL_FIELDS = {"what": str, "hint": str, "log": bool}
+
+
 class _Worker:
     """One decoding process and the pipe from it. Everything it sends is checked: it has read a hostile file."""
 
@@ -231,13 +237,13 @@ class _Worker:
     def read_header(self) -> None:
         kind, size = self._next_record()
         self._expect(kind == decode_worker.HEADER)
-        self.header = self._read_json(size)
+        self.header = self._read_json(size, HEADER_FIELDS)
 
     def next_frame(self) -> tuple[float, np.ndarray] | None:
         """Seconds and [H, W, 3] uint8; None after the last one, when ``end`` is set."""
         kind, size = self._next_record()
         if kind == decode_worker.END:
-            self.end = self._read_json(size)
+            self.end = self._read_json(size, END_FIELDS)
             return None
         self._expect(kind == decode_worker.FRAMES)
         seconds, width, height, row_bytes, orientation = FRAME.unpack(self._read(FRAME.size))
@@ -251,14 +257,19 @@ class _Worker:
         """Kind and payload size of the next record; raises what a REFUSAL says."""
         kind, size = RECORD.unpack(self._read(RECORD.size))
         if kind == decode_worker.REFUSAL:
-            refusal = self._read_json(size)
+            refusal = self._read_json(size, REFUSAL_FIELDS)
             said = [refusal["hint"], *(self.log()[:1] if refusal["log"] else [])]
             raise SDRError(self.path, escape(refusal["what"]), escape("; ".join(filter(None, said))))
         return kind, size
 
-    def _read_json(self, size: int) -> dict:
+    def _read_json(self, size: int, fields: dict[str, type]) -> dict:
         self._expect(size <= JSON_BYTES)
-        return json.loads(self._read(size).tobytes())
+        try:
+            record = json.loads(self._read(size).tobytes())
+        except (ValueError, RecursionError):
+            record = None
+        self._expect(isinstance(record, dict) and all(isinstance(record.get(n), kind) for n, kind in fields.items()))
+        return record
 
     def _read(self, size: int) -> np.ndarray:
         """[size] uint8 from the pipe; raises SDRError at the time limit or where the process is gone."""

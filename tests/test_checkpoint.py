@@ -3,21 +3,31 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from sdr import FTCN, SDRError, SDRModel, ftcn_released, tiny
-from sdr.checkpoint import WeightsInfo, convert, load_model, read_weights, rename_ftcn_key, save_weights, sdr_from_ftcn
-from sdr.config import with_fields
+from sdr.checkpoint import (
+    WeightsInfo,
+    convert,
+    digest,
+    load_model,
+    read_weights,
+    rename_ftcn_key,
+    save_weights,
+    sdr_from_ftcn,
+)
 
 INFO = WeightsInfo(origin="made by a test", synthetic=True, metrics={"video AUC": 0.5}, training={"lr": 1e-4})
 
 
 def small():
-    return with_fields(tiny(), num_frames=8, image_size=32)
+    return replace(tiny(), num_frames=8, image_size=32)
 
 
 @pytest.fixture
@@ -27,6 +37,11 @@ def saved(tmp_path):
     path = tmp_path / "model.safetensors"
     save_weights(path, model, INFO)
     return path, model
+
+
+def resave(path: Path, tensors: dict, metadata: dict) -> None:
+    """A file with a right hash, whatever it says."""
+    save_file(tensors, path, metadata | {"sha256": digest(tensors, metadata)})
 
 
 def ftcn_name(key: str, *, pooled: set[str]) -> str:
@@ -88,40 +103,20 @@ def test_metadata_holds_config_preprocessing_and_metrics(saved):
         "std": [0.229, 0.224, 0.225],
         "image_size": 32,
         "num_frames": 8,
+        "template": [
+            [0.335273, 0.335078],
+            [0.660352, 0.329453],
+            [0.49832, 0.535156],
+            [0.354297, 0.682422],
+            [0.653555, 0.677227],
+        ],
     }
     assert json.loads(metadata["config"])["num_branches"] == 4
     assert json.loads(metadata["info"])["metrics"] == {"video AUC": 0.5}
 
 
-@pytest.mark.parametrize("stages", [3, 4], ids=["res4", "res5"])
-def test_published_keys_fit_the_model(stages):
-    """Every key and shape of the published file, listed by count and by its landmarks, is one of FTCN's and back."""
-    with torch.device("meta"):
-        model = FTCN(with_fields(ftcn_released().branch(), backbone_stages=stages))
-    state = model.state_dict()
-    names = checkpoint_of(model)
-    assert len(state) == {3: 275, 4: 337}[stages]
-    assert {rename_ftcn_key(name) for name in names} == set(state)
-    facts = {
-        "resnet.s1.pathway0_stem.bn.0.running_var": (64,),
-        "resnet.s2.pathway0_res0.branch1_bn.weight": (256,),
-        "resnet.s3.pathway0_res0.branch1_bn.0.weight": (512,),
-        "resnet.s3.pathway0_res0.branch2.b_bn.0.bias": (128,),
-        "resnet.s3.pathway0_res1.branch2.a.weight": (128, 512, 1, 1, 1),
-        "resnet.s4.pathway0_res0.branch2.a.weight": (256, 512, 3, 1, 1),
-        "resnet.head.time_T.pos_embedding": (1, 17, 1024),
-        "resnet.head.time_T.transformer.layers.0.0.fn.fn.to_qkv.weight": (3072, 1024),
-        "resnet.head.time_T.transformer.layers.0.1.fn.fn.net.3.bias": (1024,),
-        "resnet.head.time_T.mlp_head.1.weight": (1, 1024),
-    }
-    if stages == 4:
-        facts["resnet.head.fc.weight"] = (1024, 2048)
-        facts["resnet.s5.pathway0_res1.branch2.a.weight"] = (512, 2048, 3, 1, 1)
-    assert {name: tuple(names[name].shape) for name in facts} == facts
-
-
 def test_converted_ftcn_computes_the_same(tmp_path):
-    model = randomised(with_fields(ftcn_released().branch(), backbone_stages=4))
+    model = randomised(replace(ftcn_released().branch(), backbone_stages=4))
     torch.save(checkpoint_of(model, prefix="module."), tmp_path / "ftcn.pth")
     convert(tmp_path / "ftcn.pth", tmp_path / "ftcn.safetensors")
     loaded, info = load_model(tmp_path / "ftcn.safetensors")
@@ -134,7 +129,7 @@ def test_converted_ftcn_computes_the_same(tmp_path):
 
 @pytest.mark.parametrize("embed_dim", [64, 48], ids=["C = D", "projected"])
 def test_sdr_from_ftcn_scores_as_ftcn(embed_dim):
-    config = with_fields(tiny().branch(), num_frames=8, image_size=32, embed_dim=embed_dim)
+    config = replace(tiny().branch(), num_frames=8, image_size=32, embed_dim=embed_dim)
     ftcn = randomised(config)
     clip = torch.randn(2, 3, 8, 32, 32)
     for V in (1, 4):
@@ -170,9 +165,7 @@ def test_keys_are_listed_by_name(saved, tmp_path):
     tensors["extra.weight"] = torch.zeros(1)
     tensors["transformer.norm.weight"] = torch.zeros(3)
     tensors["transformer.norm.bias"] = torch.full((64,), float("nan"))
-    from sdr.checkpoint import digest
-
-    save_file(tensors, path, metadata | {"sha256": digest(tensors)})
+    resave(path, tensors, metadata)
     with pytest.raises(SDRError) as error:
         load_model(path)
     assert "missing: transformer.cls_token" in str(error.value)
@@ -195,7 +188,7 @@ def test_flipped_bit_is_found(saved):
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(SDRError, match="do not match the sha256"):
+    with pytest.raises(SDRError, match="does not match the sha256"):
         load_model(path)
 
 
@@ -232,7 +225,7 @@ def test_unknown_configuration_field_is_refused(saved):
     path, _ = saved
     tensors, metadata = read_weights(path)
     config = json.loads(metadata["config"]) | {"heads_of_state": 3}
-    save_file(tensors, path, metadata | {"config": json.dumps(config)})
+    resave(path, tensors, metadata | {"config": json.dumps(config)})
     with pytest.raises(SDRError, match=r"cannot build: .*heads_of_state"):
         load_model(path)
 
@@ -241,7 +234,7 @@ def test_huge_configuration_is_refused_before_memory_is_taken(saved):
     path, _ = saved
     tensors, metadata = read_weights(path)
     config = json.loads(metadata["config"]) | {"width": 2**20}
-    save_file(tensors, path, metadata | {"config": json.dumps(config)})
+    resave(path, tensors, metadata | {"config": json.dumps(config)})
     with pytest.raises(SDRError, match="misshapen"):
         load_model(path)
 
@@ -264,3 +257,93 @@ def test_demonstration_weights_say_what_they_are():
     assert info.synthetic
     assert model.config.num_branches == 4
     assert load_file(DEMONSTRATION)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("config", json.dumps({"width": 8.0}), "width must be at least 1 and a whole number"),
+        ("config", json.dumps({"width": 10**15}), "width must be"),
+        ("config", json.dumps({"temporal_kernels": "no"}), "temporal_kernels must be true or false"),
+        ("config", "[" * 100_000, "cannot build"),
+        ("config", "[]", "cannot build"),
+        ("info", "{", "cannot build"),
+        ("model", "GPT", "cannot build"),
+        ("preprocessing", json.dumps({"mean": [0, 0, 0]}), "preprocessing that this version does not do"),
+    ],
+)
+def test_odd_metadata_is_one_line(saved, field, value, message):
+    path, _ = saved
+    tensors, metadata = read_weights(path)
+    resave(path, tensors, metadata | {field: value})
+    with pytest.raises(SDRError, match=message) as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+
+
+def test_changed_metadata_is_found(saved):
+    path, _ = saved
+    tensors, metadata = read_weights(path)
+    save_file(tensors, path, metadata | {"info": metadata["info"].replace("0.5", "0.9")})
+    with pytest.raises(SDRError, match="does not match the sha256"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {1: torch.zeros(1)},
+        {"a": torch.zeros(2, 2).to_sparse()},
+        {"a": torch.zeros(1, device="meta")},
+        {"a": 1},
+        [torch.zeros(1)],
+    ],
+    ids=["key", "sparse", "meta", "number", "list"],
+)
+def test_other_than_dense_tensors_by_name_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(SDRError, match="is not a bare state_dict of dense tensors"):
+        convert(tmp_path / "x.pth", tmp_path / "y.safetensors")
+
+
+def test_mutated_checkpoints_are_one_line(tmp_path):
+    """200 damaged copies: each converts, or is one line; nothing else comes out."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x.pth"
+    for legacy in (False, True):
+        torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=not legacy)
+        original = path.read_bytes()
+        for _ in range(100):
+            data = bytearray(original[: rng.integers(2, len(original) + 1)])
+            for place in rng.integers(0, len(data), 3):
+                data[place] = rng.integers(256)
+            path.write_bytes(data)
+            with pytest.raises(SDRError) as error:
+                convert(path, tmp_path / "y.safetensors")
+            assert "\n" not in str(error.value)
+
+
+def test_tensor_named_twice_is_refused(tmp_path):
+    torch.save({"module.a": torch.zeros(1), "a": torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(SDRError, match="names a tensor twice"):
+        convert(tmp_path / "x.pth", tmp_path / "y.safetensors")
+
+
+def test_one_checkpoint_converts_to_the_same_content(tmp_path):
+    ftcn = randomised(replace(tiny().branch(), num_frames=8, image_size=32))
+    for name in ("a", "b"):
+        save_weights(tmp_path / name, sdr_from_ftcn(ftcn, 2), INFO)
+        torch.rand(1)
+    # the order of a safetensors header's metadata is not fixed, so the hash inside is compared and not the bytes
+    assert read_weights(tmp_path / "a")[1]["sha256"] == read_weights(tmp_path / "b")[1]["sha256"]
+
+
+@pytest.mark.parametrize("stages", [3, 4], ids=["res4", "res5"])
+def test_every_published_key_has_its_place(stages):
+    """Keys and shapes of the published checkpoints, as facts beside this file."""
+    published = json.loads((Path(__file__).parent / f"ftcn_keys_res{stages + 1}.json").read_text())
+    with torch.device("meta"):
+        model = FTCN(replace(ftcn_released().branch(), backbone_stages=stages))
+    ours = {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert {rename_ftcn_key(name): shape for name, shape in published.items()} == ours
+    assert len(published) == len(ours)

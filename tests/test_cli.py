@@ -1,6 +1,7 @@
 """The command line as a user meets it: results, one line per bad file, exit codes, nothing lost."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,9 +14,11 @@ import pytest
 import torch
 import video_files
 
-from sdr import SDRModel, tiny
+from sdr import FTCN, SDRModel, tiny
 from sdr.checkpoint import WeightsInfo, save_weights
 from sdr.cli import main
+from sdr.detectors import load_detector
+from sdr.score import Scorer
 
 HEADER = ["path", "score", "label", "state", "reason", "clips", "faces", "seconds"]
 
@@ -93,7 +96,7 @@ CAUSES = {
     "one_frame.mp4": "too few frames: 1, at least 8 are needed",
     "no_face.mp4": "no face in 12 frames",
     "one_pixel.mkv": "no face in 12 frames",
-    "truncated.mp4": "",
+    "truncated.mp4": "damaged: ",
     "playlist.m3u8": "playlist",
     "folder": "no video in this folder",
     "missing.mp4": "No such file or directory",
@@ -206,10 +209,107 @@ def test_bad_usage_is_code_2(arguments, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_option_out_of_range_is_one_line_and_code_2(score):
-    code, _, printed = score("x.mp4", "--stride", 0)
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("score x.mp4 --stride 0", "stride must be at least 1, got 0"),
+        ("score x.mp4 --limits.seconds 0", "seconds must"),
+        ("score x.mp4 --views tpa --weights ftcn.safetensors", "views must be 'same' for FTCN"),
+        ("score x.mp4 --device meta", "--device: must be auto, cpu or cuda, got 'meta'"),
+        ("score x.mp4 --split test", "--split: needs --truth"),
+        ("train --data x --out y --loss.ce -1", "ce must not be negative"),
+        ("train --data x --out y --tpa.hue 7", "hue must lie in [0, 0.5]"),
+        ("train --data x --out y --batch_size 3", "batch_size must be even"),
+        ("train --data x --out y", "x: is not in FaceForensics++'s layout"),
+        ("synth o --identities -3", "identities must"),
+        ("synth o --seed -1", "seed"),
+        ("convert a.pth b.safetensors --num_branches 0", "num_branches must be at least 1"),
+        ("convert a.pth b.safetensors", "a.pth: no such checkpoint"),
+        (f"convert {'a' * 300} b.safetensors", "no such checkpoint"),
+        (f"score x.mp4 --weights {'a' * 300}", "no such weights file"),
+    ],
+)
+def test_option_that_cannot_be_is_one_line_and_code_2(command, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_weights("ftcn.safetensors", FTCN(tiny().branch()), WeightsInfo())
+    assert main(command.split()) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("No --weights given")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"sdr {command.split()[0]}: ")
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize("package", ["jinja2", "plotly"])
+def test_missing_package_is_named_before_the_work(score, monkeypatch, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("sdr.cli.find_spec", lambda name: None if name == package else find(name))
+    code, rows, printed = score("x.mp4")
+    assert (code, rows) == (2, [])
+    assert printed.err == f"sdr score: {package}: is not installed (pip install 'sdr[report]')\n"
+
+
+def test_fault_of_the_machine_costs_one_video(tmp_path, score, short_face, monkeypatch):
+    class Flaky:
+        name, calls = "flaky", 0
+
+        def __call__(self, frame):
+            Flaky.calls += 1
+            if Flaky.calls == 1:
+                raise OSError(24, "Too many open files")
+            return CENTERFACE(frame)
+
+    CENTERFACE = load_detector()
+    monkeypatch.setattr("sdr.detectors.load_detector", lambda *a, **k: Flaky())
+    copy = tmp_path / "second.mp4"
+    copy.write_bytes(short_face.read_bytes())
+    code, rows, _ = score(short_face, copy)
+    assert code == 1
+    assert rows[0]["reason"] == "OSError: [Errno 24] Too many open files"
+    assert rows[1]["state"] in ("real", "fake")
+
+
+def test_interrupted_run_keeps_what_it_has(tmp_path, score, monkeypatch):
+    paths = [tmp_path / f"{i}.mp4" for i in range(4)]
+    for path in paths:
+        path.write_bytes(b"")
+    call = Scorer.__call__
+
+    def interrupt(self, path, **options):
+        if path == paths[2]:
+            raise KeyboardInterrupt
+        return call(self, path, **options)
+
+    monkeypatch.setattr(Scorer, "__call__", interrupt)
+    code, rows, printed = score(*paths)
+    assert code == 130
+    assert [row["path"] for row in rows] == [str(path) for path in paths[:2]]
+    assert len(Path("sdr_scores/scores.jsonl").read_text().splitlines()) == 2
+    assert str(paths[1]) in Path("sdr_scores/report.html").read_text()
+    assert "interrupted after 2 of 4 videos" in printed.err
+
+
+def test_a_file_is_scored_once_and_a_folder_is_no_video(tmp_path, score):
+    inner = tmp_path / "d" / "inner.mp4"
+    inner.mkdir(parents=True)
+    for path in (tmp_path / "d" / "a.mp4", inner / "b.mp4"):
+        path.write_bytes(b"")
+    _, rows, _ = score(tmp_path / "d", tmp_path / "d" / "a.mp4")
+    assert [Path(row["path"]).name for row in rows] == ["a.mp4", "b.mp4"]
+
+
+def test_paths_that_no_system_takes(tmp_path, score):
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
+    (tmp_path / "truth.csv").write_text("path,label\nloop.mp4,1\n")
+    code, rows, _ = score("a" * 300 + ".mp4", tmp_path / "loop.mp4", "--truth", tmp_path / "truth.csv")
+    assert code == 1
+    assert ["name too long" in rows[0]["reason"].lower(), "symbolic links" in rows[1]["reason"]] == [True, True]
+
+
+def test_truth_that_names_no_video_is_refused(tmp_path, score):
+    (tmp_path / "truth.csv").write_text("path,label\nother.mp4,1\n")
+    code, _, printed = score("x.mp4", "--truth", tmp_path / "truth.csv")
     assert code == 2
-    assert printed.err == "sdr score: options: stride must be at least 1, got 0\n"
+    assert "truth.csv: lists none of the given videos" in printed.err
 
 
 def test_device_that_is_not_there(score, short_face):

@@ -27,7 +27,7 @@ def root(tmp_path):
 
 
 def test_records(root):
-    records = ffpp_records(root)
+    records = ffpp_records(root, methods=["A", "B"])
     assert len(records) == 3 * (2 + 2 * 2)
     fake = next(r for r in records if r.path.name == "003_000.mp4" and r.method == "B")
     assert fake == Record(root / "manipulated_sequences/B/c23/videos/003_000.mp4", 1, "train", "B", "003")
@@ -40,7 +40,7 @@ def test_records(root):
 def test_missing_parts_are_named(root):
     (root / "manipulated_sequences/A/c23/videos/003_000.mp4").unlink()
     with pytest.raises(SDRError, match=r"1 videos of the split files are missing, first 003_000\.mp4"):
-        ffpp_records(root)
+        ffpp_records(root, methods=["A"])
     with pytest.raises(SDRError, match="no such folder"):
         ffpp_records(root, methods=["C"])
     (root / "splits/val.json").write_text("[1, 2]")
@@ -62,13 +62,41 @@ def test_identity_in_two_splits_is_refused(tmp_path):
 def test_labels(tmp_path):
     path = tmp_path / "labels.csv"
     path.write_text("path,label,split\nv/a.mp4,1,test\nv/b.mp4,0,train\n")
-    assert read_labels(path) == {tmp_path / "v/a.mp4": 1, tmp_path / "v/b.mp4": 0}
-    assert read_labels(path, split="test") == {tmp_path / "v/a.mp4": 1}
-    path.write_text("path,label\na.mp4,fake\n")
-    with pytest.raises(SDRError, match=r"labels\.csv: needs the columns path and label.*got 'fake'"):
-        read_labels(path)
-    path.write_text("file,label\na.mp4,1\n")
-    with pytest.raises(SDRError, match="needs the columns"):
-        read_labels(path)
+    assert read_labels(path) == {f"{tmp_path}/v/a.mp4": 1, f"{tmp_path}/v/b.mp4": 0}
+    assert read_labels(path, split="test") == {f"{tmp_path}/v/a.mp4": 1}
+    path.write_bytes(b"\xef\xbb\xbfpath,label\r\na.mp4,1\r\n")  # as a spreadsheet saves it
+    assert read_labels(path) == {f"{tmp_path}/a.mp4": 1}
     with pytest.raises(SDRError, match="cannot be read: No such file"):
         read_labels(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\na.mp4,fake\n", "line 2 must hold a path and the label 0 or 1, got 'a.mp4' and 'fake'"),
+        ("path,label\na.mp4\n", "line 2 must hold a path and the label 0 or 1, got 'a.mp4' and None"),
+        ("path,label\na.mp4,1\n./a.mp4,0\n", r"line 3 contradicts an earlier label of \./a\.mp4"),
+        ("file,label\na.mp4,1\n", "has no column path"),
+        ("", "has no column path and no column label"),
+    ],
+)
+def test_wrong_labels_are_one_line(tmp_path, text, message):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(SDRError, match=message) as error:
+        read_labels(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ['{"ab": 1}', '["ab"]', "[" * 100_000, "[[1]]", ""], ids=lambda t: t[:9])
+def test_wrong_split_files_are_one_line(root, text):
+    (root / "splits/val.json").write_text(text)
+    with pytest.raises(SDRError, match=r"val\.json: is not a JSON list of id pairs$"):
+        ffpp_records(root, methods=["A", "B"])
+
+
+def test_default_methods_are_the_known_ones(root):
+    """FaceForensics++'s download also holds DeepFakeDetection, whose files are named otherwise."""
+    (root / "manipulated_sequences/A").rename(root / "manipulated_sequences/FaceSwap")
+    assert {r.method for r in ffpp_records(root)} == {"real", "FaceSwap"}

@@ -165,3 +165,8 @@ def test_one_branch_has_no_mutual_information():
 def test_rejects_wrong_options(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         LossConfig(**fields)
+
+
+@pytest.mark.parametrize("objective", ["shared", "complementary"])
+def test_kl_without_views_to_leave_out_is_zero(objective):
+    assert leave_one_out_kl(torch.randn(3, 2), torch.zeros(3, 0, 2), objective=objective).item() == 0

@@ -1,6 +1,7 @@
 """Shapes, orders and counts of FTCN, TRFI, the transformer and SDRModel, against facts and closed forms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdr import FTCN, SDRConfig, SDRModel, ftcn_released, paper, tiny
-from sdr.config import FTCNConfig, with_fields
+from sdr.config import FTCNConfig
 from sdr.ftcn import Backbone, Bottleneck, Stem, TemporalConv3d, res_kernel
 from sdr.transformer import Attention, TemporalTransformer
 from sdr.trfi import TRFI
@@ -31,7 +32,7 @@ def count(*modules: nn.Module) -> int:
 
 
 def small(**fields) -> SDRConfig:
-    return with_fields(tiny(), num_frames=8, image_size=32, **fields)
+    return replace(tiny(), num_frames=8, image_size=32, **fields)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -57,7 +58,7 @@ def test_temporal_kernels_follow_the_table(stage):
 )
 def test_parameter_counts_of_ftcn(stages, backbone, head):
     with torch.device("meta"):
-        model = FTCN(with_fields(ftcn_released().branch(), backbone_stages=stages))
+        model = FTCN(replace(ftcn_released().branch(), backbone_stages=stages))
     assert count(model.backbone) == backbone
     assert count(model.transformer, model.proj) == head
 
@@ -108,7 +109,7 @@ def test_initialisation():
     backbone = Backbone(tiny())
     assert (backbone.res2[0].c_bn.weight == 0).all()
     assert (backbone.res2[0].b_bn.weight == 1).all()
-    weight = Backbone(with_fields(tiny(), width=64)).res2[0].a.weight  # He: variance 2 / (fan out = 64 * 3)
+    weight = Backbone(replace(tiny(), width=64)).res2[0].a.weight  # He: variance 2 / (fan out = 64 * 3)
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 3)), rel=0.03)
     assert block.a_bn.eps == 1e-5
     assert block.a_bn.momentum == 0.1
@@ -299,10 +300,13 @@ def test_rejects_wrong_views(views, message):
     ("fields", "message"),
     [
         ({"num_frames": 7}, "num_frames must be even, got 7"),
-        ({"backbone_stages": 5}, "backbone_stages must lie in 1..4, got 5"),
+        ({"backbone_stages": 5}, "backbone_stages must be 1, 2, 3 or 4, got 5"),
         ({"joint_feature": "max"}, "joint_feature must be one of"),
-        ({"num_branches": 0}, "num_branches must be at least 1, got 0"),
+        ({"num_branches": 0}, "num_branches must be at least 1 and .*, got 0"),
         ({"blocks": (1,)}, "blocks must name every stage"),
+        ({"width": 8.0}, "width must be at least 1 and a whole number"),
+        ({"temporal_kernels": "no"}, "temporal_kernels must be true or false"),
+        ({"image_size": 40}, "image_size must be a multiple of 16, got 40"),
     ],
 )
 def test_rejects_wrong_configuration(fields, message):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sdr import synth
+from sdr.datasets import SYNTH_METHODS
 from sdr.errors import SDRError
-from sdr.synth import METHODS, VARYING, Perturbation, draw_perturbation, synthesize
+from sdr.synth import VARYING, Perturbation, draw_perturbation, synthesize
 
 SMALL = {"identities": 8, "frames": 4, "size": 96}
 
@@ -62,7 +63,7 @@ def test_layout_is_faceforensics(written):
     names = {f"original_sequences/youtube/c{c}/videos/{i}.mp4" for c in (23, 40) for i in ids}
     for a, b in pairs:
         for name in (f"{a}_{b}", f"{b}_{a}"):
-            names |= {f"manipulated_sequences/{m}/c{c}/videos/{name}.mp4" for m in METHODS for c in (23, 40)}
+            names |= {f"manipulated_sequences/{m}/c{c}/videos/{name}.mp4" for m in SYNTH_METHODS for c in (23, 40)}
     assert {n for n in all_files(written) if n.endswith(".mp4")} == names
     assert {p.name for p in written.iterdir()} == {
         "original_sequences", "manipulated_sequences", "splits", "videos.csv", "synth.json",
@@ -190,7 +191,7 @@ def test_rejects_arguments(tmp_path, change, message):
 # --- matched marginals ---
 
 
-@pytest.mark.parametrize("method", [None, *METHODS], ids=str)
+@pytest.mark.parametrize("method", [None, *SYNTH_METHODS], ids=str)
 def test_parameters_vary_only_where_the_forgery_says(method):
     parameters = draw_perturbation(method, 50, np.random.default_rng(0))
     varying = VARYING[method] if method else ()
@@ -200,12 +201,12 @@ def test_parameters_vary_only_where_the_forgery_says(method):
 
 
 def test_every_parameter_varies_in_some_forgery_and_each_forgery_has_its_own():
-    assert set(METHODS) == set(VARYING)
-    assert len(set(VARYING.values())) == len(METHODS)
+    assert set(SYNTH_METHODS) == set(VARYING)
+    assert len(set(VARYING.values())) == len(SYNTH_METHODS)
     assert {name for names in VARYING.values() for name in names} == set(Perturbation._fields)
 
 
-@pytest.mark.parametrize("method", [None, *METHODS], ids=str)
+@pytest.mark.parametrize("method", [None, *SYNTH_METHODS], ids=str)
 @pytest.mark.parametrize("frame", [0, 17])
 def test_one_frame_has_the_same_distribution_whatever_the_label(method, frame):
     n = 4000

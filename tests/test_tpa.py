@@ -222,3 +222,10 @@ def test_rejects_wrong_configuration(fields, message):
 def test_rejects_wrong_clip():
     with pytest.raises(ValueError, match=r"clip must be uint8 \[3, 6, H, W\], got torch.float32"):
         apply_view(torch.zeros(3, T, 8, 8), draw("flip"))
+
+
+def test_normalise_takes_bytes_and_leaves_floats():
+    with pytest.raises(TypeError, match=r"clip must be uint8 or floating, got torch\.int64"):
+        normalise(torch.zeros(3, T, 8, 8, dtype=torch.int64))
+    clip = torch.randn(3, T, 8, 8)
+    assert normalise(clip) is clip

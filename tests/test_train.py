@@ -1,14 +1,15 @@
 """The training step: it learns, is a function of its seed, skips what is not finite; and the clip loader."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from sdr import LossConfig, SDRError, TPAConfig
-from sdr.checkpoint import WeightsInfo, load_model
-from sdr.config import PRESETS, with_fields
+from sdr import FTCN, LossConfig, SDRError, TPAConfig
+from sdr.checkpoint import WeightsInfo, load_model, save_weights
+from sdr.config import PRESETS
 from sdr.datasets import Record
 from sdr.loading import ClipSet, balanced_batches, load_clips
 from sdr.train import TrainConfig, Trainer, learning_rate, train
@@ -16,7 +17,7 @@ from sdr.train import TrainConfig, Trainer, learning_rate, train
 
 @pytest.fixture(autouse=True)
 def tiny_of_tiny(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", lambda: with_fields(TINY(), num_frames=8, image_size=16))
+    monkeypatch.setitem(PRESETS, "tiny", lambda: replace(TINY(), num_frames=8, image_size=16))
 
 
 TINY = PRESETS["tiny"]
@@ -80,16 +81,18 @@ def test_every_branch_sees_its_own_view(monkeypatch):
     assert torch.equal(seen[0], augment(data.clips[[3, 4]], TPAConfig(), seed=5, epoch=2, samples=[3, 4], num_views=4))
 
 
-def test_non_finite_step_changes_nothing_and_ten_stop_the_run():
+def test_non_finite_step_changes_nothing_and_too_many_in_a_row_stop_the_run(caplog):
     data = flicker_clips()
     trainer = Trainer(config(max_bad_steps=2))
     run(trainer, data, 1)
     with torch.no_grad():
         trainer.model.transformer.head.bias.fill_(float("nan"))
+    assert caplog.text == ""
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     assert np.isnan(run(trainer, data, 1)).all()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+    assert "step skipped, its loss or gradient is not finite; samples " in caplog.text
     with pytest.raises(SDRError, match=r"training: 2 steps in a row had no finite loss \(last samples: \d+, "):
         run(trainer, data, 1)
 
@@ -132,6 +135,36 @@ def test_bad_videos_are_named_and_never_replaced(tmp_path):
     records = [Record(tmp_path / "text.mp4", 0, "train", "real", "0")]
     with pytest.raises(SDRError, match=r"text\.mp4: .*1 of 1 videos gave no clip"):
         load_clips(records, PRESETS["tiny"](), workers=1, cache=tmp_path)
+
+
+def test_run_is_kept_when_its_evaluation_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdr.train.evaluate", lambda *a: (_ for _ in ()).throw(SDRError("scikit-learn", "is missing")))
+    with pytest.raises(SDRError, match="is missing"):
+        train(config(epochs=1), flicker_clips(), flicker_clips(), tmp_path, info=WeightsInfo())
+    assert load_model(tmp_path / "model.safetensors")[1].metrics == {}
+    assert (tmp_path / "log.csv").exists()
+
+
+def test_starts_from_ftcn_weights(tmp_path):
+    shape = PRESETS["tiny"]()
+    torch.manual_seed(9)
+    ftcn = FTCN(shape.branch())
+    save_weights(tmp_path / "ftcn.safetensors", ftcn, WeightsInfo())
+    model = Trainer(config(init=str(tmp_path / "ftcn.safetensors"))).model
+    for branch in model.branches:
+        assert torch.equal(branch.stem.conv.weight, ftcn.backbone.stem.conv.weight)
+    with pytest.raises(SDRError, match=r"ftcn\.safetensors: has the configuration"):
+        Trainer(config(init=str(tmp_path / "ftcn.safetensors"), temporal_kernels=False))
+
+
+def test_bf16_keeps_weights_and_losses_in_float32():
+    data, trainer = flicker_clips(), Trainer(config(precision="bf16"))
+    losses = trainer.step(data.clips[:8], data.labels[:8], samples=range(8), epoch=0.5)
+    assert {x.dtype for x in losses} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    reference = Trainer(config()).step(data.clips[:8], data.labels[:8], samples=range(8), epoch=0.5)
+    assert losses.total.item() == pytest.approx(reference.total.item(), rel=0.02)
+    assert losses.total.item() != reference.total.item()
 
 
 @pytest.mark.parametrize("fields", [{"preset": "huge"}, {"batch_size": 3}, {"warmup_epochs": 9}, {"lr": 0}], ids=str)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -246,6 +247,33 @@ def test_seconds_are_the_timestamps(tmp_path, name):
     numbers, seconds, opened = decode(path)
     assert (numbers, opened.damage) == ([0, 1, 2, 3, 4], "")
     assert seconds == pytest.approx(TIMES[name], abs=1e-3)
+
+
+def test_variable_rate_avi_is_not_damaged(tmp_path):
+    """AVI fills the gaps with empty chunks, which its header counts as frames."""
+    path = barcode_video(tmp_path / "a.avi", 8, codec="mpeg4", pts=[0, 0.04, 0.4, 0.44, 0.48, 1.0, 1.04, 1.08])
+    with open_video(path) as opened:
+        assert [read_barcode(picture) for _, picture in opened.frames()] == list(range(8))
+        assert opened.damage == ""
+        assert opened.info.frames_declared == 8
+    cut(path, 0.7)
+    with open_video(path) as opened:
+        list(opened.frames())
+        assert opened.damage
+
+
+@pytest.mark.parametrize(
+    "payload", [b"[]", b"nonsense", b'{"width": "x"}', b"[" * 50_000], ids=["list", "text", "field", "deep"]
+)
+def test_worker_that_sends_nonsense_is_one_line(tmp_path, monkeypatch, payload):
+    path = barcode_video(tmp_path / "a.mp4", 2)
+    script = tmp_path / "worker.py"
+    record = struct.pack("<cQ", b"H", len(payload)) + payload
+    script.write_text(f"import os\nos.write(1, {record!r})\n")
+    monkeypatch.setattr("sdr.video.decode_worker.__file__", str(script))
+    with pytest.raises(SDRError, match="decoder process sent an impossible record"):
+        open_video(path)
+    assert_no_children()
 
 
 def test_timestamps_that_run_backwards_stand_still(tmp_path):
