@@ -15,27 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sdr.detectors import Detector, Faces, box_iou, load_detector
+from sdr.detectors import Detector, Faces, box_iou
 from sdr.errors import SDRError, escape
 from sdr.files import write_atomic
 from sdr.video import Video, sample_clips
-
-__all__ = [
-    "ClipPlan",
-    "Detections",
-    "Detector",
-    "Faces",
-    "Track",
-    "cut_clips",
-    "default_cache",
-    "detect_faces",
-    "enlarge_boxes",
-    "load_detector",
-    "plan_clips",
-    "similarity_transform",
-    "track_faces",
-    "warp_frame",
-]
 
 CACHE_FORMAT = 1  # to be raised when what is stored, or how faces are decoded, changes
 TEMPLATE_SIZE = 256  # pixels, side of the crop that TEMPLATE is given for

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sdr.config import FTCNConfig, check
 from sdr.datasets import Record
+from sdr.detectors import load_detector
 from sdr.errors import SDRError
-from sdr.faces import cut_clips, detect_faces, load_detector, plan_clips, track_faces
+from sdr.faces import cut_clips, detect_faces, plan_clips, track_faces
 from sdr.video import open_video
 
 

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdr.config import TPAConfig, check, check_choice
+from sdr.decoding import Limits
+from sdr.detectors import Detector
 from sdr.errors import SDRError, escape
-from sdr.faces import Detector, cut_clips, detect_faces, plan_clips, track_faces
+from sdr.faces import cut_clips, detect_faces, plan_clips, track_faces
 from sdr.ftcn import FTCN
 from sdr.model import SDRModel
 from sdr.tpa import augment
-from sdr.video import Limits, open_video
+from sdr.video import open_video
 
 THUMBNAIL = 96  # pixels; small enough to keep every clip of a long run
 Progress = Callable[[str, float], None]  # what is being done, share of the video done in 0..1
@@ -38,7 +40,7 @@ class ScoreConfig:
         views: ``same`` gives every branch the same clip, ``tpa`` gives each its augmentation, drawn from ``seed``.
         seed: of ``views="tpa"``.
         allow_damaged: score what could be read of a damaged video, and say so, instead of calling it inconclusive.
-        limits: what a file may ask for; see :class:`sdr.video.Limits`.
+        limits: what a file may ask for; see :class:`sdr.decoding.Limits`.
     """
 
     stride: int = 32

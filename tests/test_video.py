@@ -270,7 +270,7 @@ def test_worker_that_sends_nonsense_is_one_line(tmp_path, monkeypatch, payload):
     script = tmp_path / "worker.py"
     record = struct.pack("<cQ", b"H", len(payload)) + payload
     script.write_text(f"import os\nos.write(1, {record!r})\n")
-    monkeypatch.setattr("sdr.video.decode_worker.__file__", str(script))
+    monkeypatch.setattr("sdr.decode_worker.__file__", str(script))
     with pytest.raises(SDRError, match="decoder process sent an impossible record"):
         open_video(path)
     assert_no_children()
@@ -614,7 +614,7 @@ def test_playlists_are_refused_and_not_followed(tmp_path, second, kind):
 def test_the_decoder_itself_can_open_nothing(tmp_path, second, kind, monkeypatch):
     """With the check of the first bytes out of the way, a playlist's demuxer still gets no file and no address."""
     path, watch = second
-    monkeypatch.setattr(video, "_demuxer", lambda path, fd: kind)
+    monkeypatch.setattr(video, "demuxer_of", lambda path, fd: kind)
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setblocking(False)
         for target in (path.name, str(path), f"file:{path}", f"http://127.0.0.1:{server.getsockname()[1]}/x.mp4"):
