@@ -1,5 +1,6 @@
 """Records to batches: clips cut once into memory, then balanced batches whose order is a function of the seed."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -92,16 +93,20 @@ def load_clips(
     work = partial(cut_record, config=config, detector=detector, weights=weights, most=clips_per_video, cache=cache)
     good: list[tuple[Record, np.ndarray]] = []
     failures: list[tuple[Record, str]] = []
+    # Ctrl-C is for this process alone, which then gives up what has not begun
+    ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), **ignore)
     try:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for record, result in zip(records, pool.map(work, records), strict=True):
-                if isinstance(result, str):
-                    failures.append((record, result))
-                else:
-                    good.append((record, result))
-                progress(len(good) + len(failures))
+        for record, result in zip(records, pool.map(work, records), strict=True):
+            if isinstance(result, str):
+                failures.append((record, result))
+            else:
+                good.append((record, result))
+            progress(len(good) + len(failures))
     except BrokenProcessPool as error:
         raise SDRError("loading", "a worker process died, most likely for want of memory", "fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
     if not good or len(failures) > max_bad * len(records):
         record, reason = failures[0] if failures else (None, "no video was given")
         raise SDRError(
