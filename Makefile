@@ -5,7 +5,7 @@ DEMO ?= demo
 BENCH ?= --benchmark
 BIN := $(VENV)/bin
 EXTRAS := faces,report,train,dev
-TRAIN := --preset tiny --epochs 8 --warmup_epochs 1 --lr 0.003
+TRAIN := --preset tiny --epochs 8 --lr 0.003
 
 # idle threads sleep: on a shared machine waiting in a loop can cost several times the work
 export OMP_WAIT_POLICY ?= passive

@@ -48,7 +48,7 @@ def build_parser():
     score = ArgumentParser(description="Score videos; writes scores.jsonl, scores.csv and report.html.")
     score.add_argument("paths", nargs="+", help="video files, or folders that are searched for them")
     score.add_argument("--weights", type=str | None, help="safetensors; default: the demonstration weights")
-    score.add_argument("--out", type=str, default="sdr_scores", help="folder for the results")
+    score.add_argument("--out", type=str, default="sdr_scores", help="folder; results of an earlier run are replaced")
     score.add_argument("--truth", type=str | None, help="CSV path,label[,split] of known labels: adds AUC and accuracy")
     score.add_argument("--split", type=str | None, help="with --truth: score only the videos of this split")
     score.add_class_arguments(ScoreConfig)
@@ -129,11 +129,20 @@ def settings(kind: type, options):
         return kind(**{name: options[name] for name in kind.__dataclass_fields__})
 
 
-def require(extra: str, *packages: str) -> None:
-    """Raise SDRError for a package that is missing, before any work is done that would be lost for want of it."""
-    for package in packages:
-        if find_spec(package) is None:
-            raise SDRError(package, "is not installed", f"pip install 'sdr[{extra}]'")
+PACKAGES = {  # what each extra must have brought
+    "faces": ("onnx", "onnxruntime"),
+    "report": ("jinja2", "plotly", "PIL"),
+    "train": ("sklearn",),
+}
+
+
+def require(*extras: str) -> None:
+    """Raise SDRError for packages that are missing, before any work is done that would be lost for want of them."""
+    missing = {extra: [name for name in PACKAGES[extra] if find_spec(name) is None] for extra in extras}
+    names = [name for packages in missing.values() for name in packages]
+    if names:
+        wanted = ",".join(extra for extra, packages in missing.items() if packages)
+        raise SDRError(", ".join(names), "not installed", f"pip install -c constraints.txt -e '.[{wanted}]'")
 
 
 def pick_device(name: str):
@@ -175,9 +184,7 @@ def run_score(options) -> int:
     from sdr.report import render_report
     from sdr.score import ScoreConfig, Scorer
 
-    require("report", "jinja2", "plotly", "PIL")
-    if options.truth is not None:
-        require("train", "sklearn")
+    require("faces", "report", *(["train"] if options.truth is not None else []))
     out = Path(options.out)
     if options.weights is None:
         print(DEMONSTRATION_NOTE, file=sys.stderr)
@@ -187,6 +194,8 @@ def run_score(options) -> int:
     with refusals():
         scorer = Scorer(model.to(pick_device(options.device)), detector, config, cache=pick_cache(options))
     videos = list_videos(options)
+    if not any(os.path.lexists(video) for video, _ in videos):
+        raise SDRError(videos[0][0], "no such file or folder")  # before earlier results are written over
     make_folder(out)
     results, interrupted = score_all(scorer, videos, out / "scores.jsonl")
     fields = (*FIELDS, "truth") if options.truth else FIELDS
@@ -344,7 +353,7 @@ def run_train(options) -> int:
     records = ffpp_records(options.data, compression=options.compression, methods=options.methods)
     check_identities(records)
     synthetic = is_synthetic(options.data)
-    require("train", "sklearn")
+    require("faces", "train")
     sets = {}
     for split in ("train", "val"):
         chosen = [record for record in records if record.split == split]

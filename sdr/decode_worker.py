@@ -151,12 +151,12 @@ def describe(container, stream, job: dict) -> dict:
 
 def check_pixels(width: int, height: int, job: dict) -> None:
     if width * height > job["max_pixels"]:
-        raise RefusedError(f"{width}x{height} pixels are over the limit of {job['max_pixels']}")
+        raise RefusedError(f"{width}x{height} pixels are over the limit of {job['max_pixels']}", "--limits.max_pixels")
 
 
 def check_frames(frames: int, job: dict, about: str = "") -> None:
     if frames > job["max_frames"]:
-        raise RefusedError(f"{about}{frames} frames are over the limit of {job['max_frames']}")
+        raise RefusedError(f"{about}{frames} frames are over the limit of {job['max_frames']}", "--limits.max_frames")
 
 
 class Decoder:

@@ -29,7 +29,7 @@ Progress = Callable[[str, float], None]  # what is being done, share of the vide
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How videos are scored (specification sections 7 and 8).
+    """How videos are scored.
 
     Args:
         stride: frames from the start of one clip to the next; FTCN's own test uses 1.
@@ -40,7 +40,7 @@ class ScoreConfig:
         views: ``same`` gives every branch the same clip, ``tpa`` gives each its augmentation, drawn from ``seed``.
         seed: of ``views="tpa"``.
         allow_damaged: score what could be read of a damaged video, and say so, instead of calling it inconclusive.
-        limits: what a file may ask for; see :class:`sdr.decoding.Limits`.
+        limits: what a file may ask for.
     """
 
     stride: int = 32
@@ -170,10 +170,10 @@ class Scorer:
             )
             if not plans:
                 raise SDRError(path, why_no_clip(found.frames_read, tracks, config.min_frames))
-            cut = cut_clips(
-                video, plans, shape.image_size, progress=lambda n: progress("clips", 0.6 + 0.4 * n / found.frames_read)
+            cut = cut_clips(video, plans, shape.image_size)
+            clips, top = self._score_clips(
+                cut, plans, found.times, progress=lambda n: progress("clips", 0.6 + 0.4 * n / len(plans))
             )
-            clips, top = self._score_clips(cut, plans, found.times)
         score = reduce_scores(clips, config.reduce)
         return {
             "score": score,
@@ -186,7 +186,11 @@ class Scorer:
         }
 
     def _score_clips(
-        self, cut: Iterable[tuple[int, np.ndarray]], plans: Sequence, times: np.ndarray
+        self,
+        cut: Iterable[tuple[int, np.ndarray]],
+        plans: Sequence,
+        times: np.ndarray,
+        progress: Callable[[int], None],
     ) -> tuple[tuple[ClipScore, ...], np.ndarray]:
         clips: dict[int, ClipScore] = {}
         best, top = (-1.0, 0), None
@@ -203,6 +207,7 @@ class Scorer:
                 )
                 if (score, -index) > best:  # of equal clips the first, as the report finds it
                     best, top = (score, -index), small
+            progress(len(clips))
         return tuple(clips[i] for i in sorted(clips)), top
 
     @torch.inference_mode()

@@ -270,11 +270,11 @@ def synthesize(
 
     Args:
         out: a new or empty folder, or one that the same settings wrote; anything else raises SDRError.
-        identities: even number of source faces, MIN_IDENTITIES..MAX_IDENTITIES.
+        identities: even number of source faces, 8..64.
         frames: frames of each video.
         size: width and height in pixels, even.
         crf: H.264 quality factors; each becomes a folder ``c23``, ``c40``...
-        methods: forgery types, from SYNTH_METHODS.
+        methods: forgery types: ShiftJitter, GainFlicker, BlendFlicker, FullJitter.
         workers: threads; None takes the machine's cores.
         progress: called with (files written, files in all).
     """

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained (specification section 7).
+    """How a model is trained.
 
     Args:
         preset: of the model.
@@ -39,7 +39,7 @@ class TrainConfig:
         weight_decay: of Adam.
         precision: ``bf16`` runs convolutions and products in bfloat16; weights, BN statistics and losses stay float32.
         init: weights of an FTCN (`sdr convert`) that every branch and the transformer start from; None starts anew.
-        warmup_epochs: linear from 0; then a cosine to 0.
+        warmup_epochs: linear from 0; then a cosine to 0; None is a tenth of the epochs.
         seed: of initialisation, order and augmentation.
         max_bad_steps: consecutive steps with a non-finite loss or gradient after which training stops.
         loss: weights and options of the losses.
@@ -55,7 +55,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     init: str | None = None
-    warmup_epochs: float = 10
+    warmup_epochs: float | None = None
     seed: int = 0
     max_bad_steps: int = 10
     loss: LossConfig = field(default_factory=LossConfig)
@@ -69,6 +69,8 @@ class TrainConfig:
         check(self.lr > 0, "lr", "be positive", self.lr)
         check(self.weight_decay >= 0, "weight_decay", "not be negative", self.weight_decay)
         check_choice("precision", self.precision, ("fp32", "bf16"))
+        if self.warmup_epochs is None:
+            object.__setattr__(self, "warmup_epochs", self.epochs / 10)
         check(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", "lie in 0..epochs", self.warmup_epochs)
 
     def model(self) -> SDRConfig:

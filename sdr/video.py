@@ -166,7 +166,9 @@ def _open_regular(path, limits: Limits) -> int:
         if state.st_size == 0:
             raise SDRError(path, "empty file")
         if state.st_size > limits.max_bytes:
-            raise SDRError(path, f"{state.st_size} bytes are over the limit of {limits.max_bytes}")
+            raise SDRError(
+                path, f"{state.st_size} bytes are over the limit of {limits.max_bytes}", "--limits.max_bytes"
+            )
     except SDRError:
         os.close(fd)
         raise

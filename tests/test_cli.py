@@ -245,7 +245,7 @@ def test_missing_package_is_named_before_the_work(score, monkeypatch, package):
     monkeypatch.setattr("sdr.cli.find_spec", lambda name: None if name == package else find(name))
     code, rows, printed = score("x.mp4")
     assert (code, rows) == (2, [])
-    assert printed.err == f"sdr score: {package}: is not installed (pip install 'sdr[report]')\n"
+    assert printed.err == f"sdr score: {package}: not installed (pip install -c constraints.txt -e '.[report]')\n"
 
 
 def test_fault_of_the_machine_costs_one_video(tmp_path, score, short_face, monkeypatch):
@@ -345,8 +345,9 @@ def test_command_is_installed_and_starts(tmp_path):
         check=False,
         cwd=tmp_path,
     )
-    assert done.returncode == 1
-    assert "none.mp4: No such file or directory" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"sdr score: {tmp_path}/none.mp4: no such file or folder"
+    assert not (tmp_path / "out").exists()
     assert "Traceback" not in done.stderr
 
 
