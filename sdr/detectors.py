@@ -248,6 +248,8 @@ def _open_centerface(path: Path, content: bytes):
     try:
         import onnx
         import onnxruntime
+        from google.protobuf.message import DecodeError  # onnx is built on protobuf
+        from onnxruntime.capi import onnxruntime_pybind11_state as runtime
     except ImportError as error:
         raise _cannot_import(error.name or "onnxruntime", error) from error
     options = onnxruntime.SessionOptions()
@@ -256,13 +258,16 @@ def _open_centerface(path: Path, content: bytes):
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
+    # ONNX Runtime's errors have no base class of their own
+    refused = (runtime.Fail, runtime.InvalidArgument, runtime.InvalidGraph, runtime.InvalidProtobuf)
+    refused += (runtime.NotImplemented, runtime.RuntimeException)
     try:
         network = onnx.load_from_string(content)
         _free_shapes(network.graph)
         session = onnxruntime.InferenceSession(network.SerializeToString(), options, providers=providers)
-        names = [node.name for node in (*session.get_inputs(), *session.get_outputs())]
-    except Exception as error:  # protobuf's and ONNX Runtime's errors have no base class of their own
+    except (DecodeError, IndexError, *refused) as error:  # IndexError: fewer axes than an image has
         raise SDRError(path, "not a readable ONNX network") from error
+    names = [node.name for node in (*session.get_inputs(), *session.get_outputs())]
     if names != [CENTERFACE_INPUT, *CENTERFACE_OUTPUTS]:
         raise SDRError(path, f"not a CenterFace network: its inputs and outputs are {', '.join(names)[:200]}")
     return session

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -722,23 +722,15 @@ def test_unwritable_cache_is_one_warning(tmp_path, caplog):
 
 def test_two_at_once(tmp_path):
     truth = detect_faces(some_video(), FakeDetector(), cache=None)
-    results, failures = [], []
 
-    def work():
-        try:
-            for _ in range(20):
-                results.append(detect_faces(some_video(), FakeDetector(), cache=tmp_path))
-                for file in tmp_path.glob("*.safetensors"):
-                    file.unlink(missing_ok=True)
-        except Exception as error:
-            failures.append(error)
+    def work(_):
+        for _ in range(20):
+            assert_same_detections(truth, detect_faces(some_video(), FakeDetector(), cache=tmp_path))
+            for file in tmp_path.glob("*.safetensors"):
+                file.unlink(missing_ok=True)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
-    assert not failures
-    for found in results:
-        assert_same_detections(truth, found)
+    with ThreadPoolExecutor(3) as pool:
+        assert len(list(pool.map(work, range(3)))) == 3  # a failure in a thread is raised here
     assert not list(tmp_path.iterdir())  # no temporary file is left
 
 
