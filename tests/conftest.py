@@ -7,9 +7,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two test processe
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels run on CPU tensors
+
 
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN, so that an unwritten output shows
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels are tested: a GPU, else the CPU through Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# Triton's interpreter computes bf16 products wrongly and says nothing, so there bf16 is left to GPUs
+KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+@pytest.fixture(params=KERNEL_DTYPES, ids=str)
+def dtype(request):
+    """Every dtype that kernels can be tested in on this machine."""
+    return request.param

@@ -1,0 +1,5 @@
+"""Ops for temporal-only convolution networks: every op has a plain PyTorch reference and faster implementations."""
+
+from sdr_kernels.temporal_conv3d import temporal_conv3d
+
+__all__ = ["temporal_conv3d"]

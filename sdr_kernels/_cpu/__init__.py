@@ -1,0 +1,1 @@
+"""Launchers for CPU tensors, one module an op; imported when an op first runs."""

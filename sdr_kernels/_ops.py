@@ -1,0 +1,120 @@
+"""How an op is registered with torch and which of its implementations runs.
+
+An op's module holds its reference, its schemas and its public function; ``_triton/<op>.py`` and ``_cpu/<op>.py`` hold
+launchers of the same names, imported when the op first runs, so that schemas exist without Triton.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "reference", "cpu", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_CAPABILITY = (8, 0)  # older GPUs have no bf16 tensor cores: Triton compiles the products to scalar code
+
+library = torch.library.Library("sdr_kernels", "DEF")
+
+
+def register(op: str, name: str, signature: str, fake: Callable) -> Callable:
+    """Define ``sdr_kernels::name`` whose last argument ``str impl`` names the folder of its launcher.
+
+    Args:
+        op: the module under ``_triton/`` and ``_cpu/`` that defines ``name``.
+        name: of the torch op and of its launchers.
+        signature: arguments and result, in torch.library's language.
+        fake: shapes and dtypes of the result; called without ``impl``.
+    """
+
+    def launch(*args) -> Tensor:
+        *inputs, impl = args
+        return getattr(import_module(f"sdr_kernels._{impl}.{op}"), name)(*inputs)
+
+    library.define(name + signature)
+    library.impl(name, launch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sdr_kernels::{name}", lambda *args: fake(*args[:-1]))
+    return getattr(torch.ops.sdr_kernels, name)
+
+
+@cache
+def interpreted() -> bool:
+    """Triton's interpreter is on: its kernels run on CPU tensors, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@cache
+def why_not_triton(device: torch.device) -> str:
+    """Empty where Triton kernels run on ``device``, else the reason why not."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreted():
+        return ""
+    if device.type != "cuda":
+        return f"it needs CUDA tensors, got {device}"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"it needs compute capability 8.0, {device} has {major}.{minor}"
+    return ""
+
+
+def select_impl(impl: str, x: Tensor, *, has_cpu: bool = False, unfit: str = "") -> str:
+    """The implementation that runs: a named one, or raise; ``auto`` takes Triton on CUDA, then the CPU's, then plain torch.
+
+    Args:
+        impl: what the caller asked for.
+        x: its device decides.
+        has_cpu: the op has an implementation for CPU tensors of its own.
+        unfit: why these shapes or dtypes have no Triton kernel; empty where they have one.
+
+    Raises:
+        ValueError: ``impl`` is none of the names.
+        RuntimeError: a named implementation cannot run on this device or on these shapes.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    triton_problem = why_not_triton(x.device) or unfit
+    cpu_problem = "" if has_cpu and x.device.type == "cpu" else "it needs CPU tensors and an op that has it"
+    if impl == "auto":
+        if x.device.type == "cuda" and not triton_problem:
+            return "triton"
+        return "cpu" if not cpu_problem else "reference"
+    problem = {"triton": triton_problem, "cpu": cpu_problem}.get(impl, "")
+    if problem:
+        raise RuntimeError(f"impl={impl!r} cannot run: {problem}")
+    return impl
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor is float32, float16 or bfloat16, or float64, which the reference takes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (*DTYPES, torch.float64):
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int], axes: str) -> None:
+    """Raise ValueError unless ``tensor`` has this shape; ``axes`` names it in the message."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {axes} = {list(shape)}, got {list(tensor.shape)}")
+
+
+def check_same(what: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless every tensor has the dtype (``what="dtype"``) or the device of ``x``."""
+    for name, tensor in tensors.items():
+        if tensor is not None and getattr(tensor, what) != getattr(x, what):
+            error = TypeError if what == "dtype" else ValueError
+            raise error(f"{name} must have x's {what}, {getattr(x, what)}, got {getattr(tensor, what)}")
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x: [..., C, T, H, W], the same values with the channels innermost in memory; a copy only where they are not."""
+    return x.movedim(-4, -1).contiguous().movedim(-1, -4)
+
+
+def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """An unwritten tensor of ``shape``, [..., C, T, H, W], like ``x``, channels innermost in memory."""
+    *outer, C, T, H, W = shape
+    return x.new_empty((*outer, T, H, W, C)).movedim(-1, -4)

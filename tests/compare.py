@@ -1,0 +1,54 @@
+"""The one comparison of kernels: the float64 reference is the truth, the reference in the same dtype the measure."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def widened(inputs: Sequence) -> list:
+    """Floating tensors in float64, each a leaf that asks for a gradient where the original does."""
+    wide = []
+    for value in inputs:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = value.detach().double().requires_grad_(value.requires_grad)
+        wide.append(value)
+    return wide
+
+
+def results(function: Callable, inputs: Sequence, dout: Tensor | None) -> list[Tensor]:
+    """The output, then the gradient of every input that asks for one."""
+    out = function(*inputs)
+    leaves = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    if not leaves:
+        return [out]
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+
+def assert_matches_reference(function: Callable, reference: Callable, inputs: Sequence) -> None:
+    """``function`` errs against float64 at most twice what ``reference`` errs in the inputs' dtype, and two ulp.
+
+    Every output and gradient is compared, in the largest error; NaN and Inf must stand where float64 has them, and no
+    input may change. ``inputs`` are passed on as they are; those that ask for a gradient are differentiated.
+    """
+    shape = reference(*inputs).shape
+    dout = torch.randn(shape, device=next(x.device for x in inputs if isinstance(x, Tensor)))
+    before = [x.detach().clone() if isinstance(x, Tensor) else x for x in inputs]
+    got = results(function, inputs, dout)
+    plain = results(reference, inputs, dout)
+    exact = results(reference, widened(inputs), dout)
+    for x, copy in zip(inputs, before, strict=True):
+        assert not isinstance(x, Tensor) or torch.equal(x.detach().nan_to_num(), copy.nan_to_num()), "an input changed"
+    for i, (value, ours, truth) in enumerate(zip(got, plain, exact, strict=True)):
+        assert value.shape == truth.shape, f"result {i}: {list(value.shape)} instead of {list(truth.shape)}"
+        assert value.dtype == ours.dtype, f"result {i}: {value.dtype} instead of {ours.dtype}"
+        if truth.numel() == 0:
+            continue
+        finite = truth.isfinite()
+        assert torch.equal(value.double().nan_to_num(1.0, 2.0, 3.0)[~finite], truth.nan_to_num(1.0, 2.0, 3.0)[~finite])
+        if not finite.any():
+            continue
+        truth = truth[finite]
+        error, allowed = ((r.double()[finite] - truth).abs().max() for r in (value, ours))
+        limit = 2 * (allowed + torch.finfo(value.dtype).eps * truth.abs().max())
+        assert error <= limit, f"result {i}: error {error:.3e}, the reference's {allowed:.3e}, limit {limit:.3e}"
