@@ -61,14 +61,15 @@ def why_not_triton(device: torch.device) -> str:
     return ""
 
 
-def select_impl(impl: str, x: Tensor, *, has_cpu: bool = False, unfit: str = "") -> str:
-    """The implementation that runs: a named one, or raise; ``auto`` takes Triton on CUDA, then the CPU's, then plain torch.
+def select_impl(impl: str, x: Tensor, *, has_cpu: bool = False, unfit: str = "", no_tile: str = "") -> str:
+    """The implementation that runs: a named one, or raise; "auto" takes Triton on CUDA, the CPU's, then plain torch.
 
     Args:
         impl: what the caller asked for.
         x: its device decides.
         has_cpu: the op has an implementation for CPU tensors of its own.
-        unfit: why these shapes or dtypes have no Triton kernel; empty where they have one.
+        unfit: why no kernel takes these inputs, only the reference; empty where kernels do.
+        no_tile: why these shapes have no Triton kernel; empty where they have one.
 
     Raises:
         ValueError: ``impl`` is none of the names.
@@ -76,8 +77,8 @@ def select_impl(impl: str, x: Tensor, *, has_cpu: bool = False, unfit: str = "")
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    triton_problem = why_not_triton(x.device) or unfit
-    cpu_problem = "" if has_cpu and x.device.type == "cpu" else "it needs CPU tensors and an op that has it"
+    triton_problem = why_not_triton(x.device) or unfit or no_tile
+    cpu_problem = unfit if has_cpu and x.device.type == "cpu" else "it needs CPU tensors and an op that has it"
     if impl == "auto":
         if x.device.type == "cuda" and not triton_problem:
             return "triton"
@@ -118,3 +119,10 @@ def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An unwritten tensor of ``shape``, [..., C, T, H, W], like ``x``, channels innermost in memory."""
     *outer, C, T, H, W = shape
     return x.new_empty((*outer, T, H, W, C)).movedim(-1, -4)
+
+
+def needs_gradient(*tensors: Tensor | None) -> str:
+    """Why an op without a backward cannot run on these tensors; empty where no gradient is asked for."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return "it has no backward and an input requires a gradient: call it under torch.inference_mode()"
+    return ""

@@ -25,6 +25,12 @@ def architecture(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
+@cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 where kernels are interpreted, so that programs walk over tiles there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def precision_class(dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.float32 else "half"
 

@@ -1,0 +1,140 @@
+"""Bottleneck of a temporal-only ResNet, batch norms folded: three convolutions, shortcut and pools in one launch."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdr_kernels._ops import check_same, empty_channels_last, needs_gradient, register, select_impl
+from sdr_kernels.temporal_conv3d import affine, check_affine, check_clips, check_weight, conv3d_branches
+
+MAX_INNER = 512  # the widest blocks that tiles.json has a class for: res5 of a ResNet-50
+
+
+class FoldedConv(NamedTuple):
+    """A convolution and the batch norm after it: ``conv(x, weight) * scale + shift``."""
+
+    weight: Tensor  # [V, C_out, C_in, k]
+    scale: Tensor  # [V, C_out], float32
+    shift: Tensor  # [V, C_out], float32
+
+
+def temporal_bottleneck_reference(
+    x: Tensor,
+    a: FoldedConv,
+    b: FoldedConv,
+    c: FoldedConv,
+    branch1: FoldedConv | None = None,
+    pool: bool = False,
+    time_pool: bool = False,
+) -> Tensor:
+    """The definition, layer by layer as an eager network runs it: every layer's result is rounded to x's dtype."""
+
+    def layer(x: Tensor, conv: FoldedConv) -> Tensor:
+        return affine(conv3d_branches(x, conv.weight), conv.scale, conv.shift).to(x.dtype)
+
+    def max_pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
+        return F.max_pool3d(x.flatten(0, 1), size).unflatten(0, x.shape[:2])
+
+    shortcut = x if branch1 is None else layer(x, branch1)
+    h = layer(layer(x, a).relu(), b)
+    if pool:
+        shortcut, h = max_pool(shortcut, (1, 2, 2)), max_pool(h, (1, 2, 2))
+    out = (layer(h.relu(), c) + shortcut).relu()
+    return max_pool(out, (2, 1, 1)) if time_pool else out
+
+
+def _fake_fwd(x, a, a_scale, a_shift, b, b_scale, b_shift, c, c_scale, c_shift, w1, w1_scale, w1_shift, pool, time_pool):
+    B, V, _, T, H, W = x.shape
+    space, time = 1 + pool, 1 + time_pool
+    return empty_channels_last(x, (B, V, c.shape[1], T // time, H // space, W // space))
+
+
+_fwd = register(
+    "temporal_bottleneck",
+    "temporal_bottleneck_fwd",
+    "(Tensor x, Tensor a, Tensor a_scale, Tensor a_shift, Tensor b, Tensor b_scale, Tensor b_shift, Tensor c, "
+    "Tensor c_scale, Tensor c_shift, Tensor? branch1, Tensor? branch1_scale, Tensor? branch1_shift, bool pool, "
+    "bool time_pool, str impl) -> Tensor",
+    fake=_fake_fwd,
+)
+
+
+def temporal_bottleneck(
+    x: Tensor,
+    a: FoldedConv,
+    b: FoldedConv,
+    c: FoldedConv,
+    branch1: FoldedConv | None = None,
+    *,
+    pool: bool = False,
+    time_pool: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """One bottleneck of every branch and clip: a, b, c and the shortcut, each with its batch norm; for inference.
+
+    ``relu(c(relu(pool(b(relu(a(x)))))) + pool(branch1(x)))``, then the pool over time. Only a sees time, so each row of
+    b and c is a product of its own and no intermediate leaves the chip (FTCN, ICCV 2021).
+
+    Args:
+        x: [B, V, C_in, T, H, W], float32, float16 or bfloat16; fastest where channels are innermost in memory.
+        a: (weight, scale, shift) of [V, inner, C_in, k], k in 1, 3, 5, [V, inner] and [V, inner]; weights have x's
+            dtype, scale and shift are float32.
+        b: the same of [V, inner, inner, 1].
+        c: the same of [V, C_out, inner, 1].
+        branch1: the same of [V, C_out, C_in, 1]; None adds x itself, which needs C_in = C_out and no ``pool``.
+        pool: halve H and W, rounding down, by a 2x2 max-pool after b and after branch1.
+        time_pool: halve T, rounding down, by a max-pool over two frames at the end.
+        impl: "auto" (Triton on CUDA, oneDNN on the CPU, else the reference), "reference", "cpu" or "triton".
+
+    Returns:
+        [B, V, C_out, T', H', W'] of x's dtype.
+
+    Raises:
+        ValueError: a rank, shape, device or kernel size is wrong, or a pool has nothing to pool.
+        TypeError: a dtype is wrong.
+        RuntimeError: the named implementation cannot run here, or a gradient is asked of it.
+    """
+    a, b, c = FoldedConv(*a), FoldedConv(*b), FoldedConv(*c)
+    branch1 = None if branch1 is None else FoldedConv(*branch1)
+    check_bottleneck(x, a, b, c, branch1, pool=pool, time_pool=time_pool)
+    shortcut = (None, None, None) if branch1 is None else branch1
+    tensors = (x, *a, *b, *c, *shortcut)
+    unfit = "x must not be float64" if x.dtype == torch.float64 else needs_gradient(*tensors)
+    inner = a.weight.shape[1]
+    no_tile = f"a must have at most {MAX_INNER} inner channels, got {inner}" if inner > MAX_INNER else ""
+    impl = select_impl(impl, x, has_cpu=True, unfit=unfit, no_tile=no_tile)
+    if impl == "reference":
+        return temporal_bottleneck_reference(x, a, b, c, branch1, pool, time_pool)
+    return _fwd(*tensors, pool, time_pool, impl)
+
+
+def check_bottleneck(
+    x: Tensor, a: FoldedConv, b: FoldedConv, c: FoldedConv, branch1: FoldedConv | None, *, pool: bool, time_pool: bool
+) -> None:
+    """Raise ValueError or TypeError that names the argument, the rule and what came."""
+    check_clips(x)
+    V, C_in, T, H, W = x.shape[1:]
+    check_weight("a's weight", a.weight, x, C_in)
+    inner = a.weight.shape[1]
+    check_weight("b's weight", b.weight, x, inner, inner)
+    check_weight("c's weight", c.weight, x, inner)
+    C_out = c.weight.shape[1]
+    layers = {"a": a, "b": b, "c": c}
+    if branch1 is not None:
+        check_weight("branch1's weight", branch1.weight, x, C_in, C_out)
+        layers["branch1"] = branch1
+    elif pool or C_in != C_out:
+        raise ValueError(f"branch1 must be given with a pool or where C_in is not C_out, got {C_in} and {C_out}, {pool=}")
+    for name, layer in layers.items():
+        if name != "a" and layer.weight.shape[-1] != 1:
+            raise ValueError(f"{name}'s weight must have k = 1, got {list(layer.weight.shape)}")
+        check_affine(f"{name}'s scale", layer.scale, x, (V, layer.weight.shape[1]))
+        check_affine(f"{name}'s shift", layer.shift, x, (V, layer.weight.shape[1]))
+        check_same("dtype", x, **{f"{name}'s weight": layer.weight})
+        check_same("device", x, **{f"{name}'s {field}": value for field, value in layer._asdict().items()})
+    if pool and min(H, W) < 2:
+        raise ValueError(f"x must have H and W of at least 2 for a pool, got {list(x.shape)}")
+    if time_pool and T < 2:
+        raise ValueError(f"x must have T of at least 2 for a pool over time, got {list(x.shape)}")
