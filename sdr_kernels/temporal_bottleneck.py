@@ -45,7 +45,7 @@ def temporal_bottleneck_reference(
     return max_pool(out, (2, 1, 1)) if time_pool else out
 
 
-def _fake_fwd(x, a, a_scale, a_shift, b, b_scale, b_shift, c, c_scale, c_shift, w1, w1_scale, w1_shift, pool, time_pool):
+def _fake_fwd(x, a, a_scale, a_shift, b, b_scale, b_shift, c, c_scale, c_shift, w1, scale1, shift1, pool, time_pool):
     B, V, _, T, H, W = x.shape
     space, time = 1 + pool, 1 + time_pool
     return empty_channels_last(x, (B, V, c.shape[1], T // time, H // space, W // space))
@@ -126,7 +126,7 @@ def check_bottleneck(
         check_weight("branch1's weight", branch1.weight, x, C_in, C_out)
         layers["branch1"] = branch1
     elif pool or C_in != C_out:
-        raise ValueError(f"branch1 must be given with a pool or where C_in is not C_out, got {C_in} and {C_out}, {pool=}")
+        raise ValueError(f"branch1 must be given with a pool or where C_in is not C_out, got {C_in}, {C_out}, {pool=}")
     for name, layer in layers.items():
         if name != "a" and layer.weight.shape[-1] != 1:
             raise ValueError(f"{name}'s weight must have k = 1, got {list(layer.weight.shape)}")

@@ -4,13 +4,18 @@ Memory is [B, V, T, H, W, C]: a row is one (frame, position), and a temporal tap
 outside of time exactly where its row falls outside of [0, T * H * W), so padding is one mask and any T, H, W will do.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sdr_kernels._cases import BLOCKS, BRANCHES, FRAMES, PRECISIONS, STEMS, AuditCase, randn
 from sdr_kernels._ops import channels_last, empty_channels_last
 from sdr_kernels._tiles import choose_tile, precision_class, width_class
+from sdr_kernels.temporal_conv3d import conv3d_branches, temporal_conv3d_reference
 
 
 @triton.jit
@@ -26,37 +31,47 @@ def load_columns(ptr, columns, C: tl.constexpr):
 
 @triton.jit
 def add_product(
-    acc, x_ptr, rows, row_mask, num_rows, tap_rows, w_ptr, columns,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr,
+    acc, x_ptr, rows, row_mask, num_rows, tap_rows, w_ptr, columns, c_in,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc [M, N] plus the (KERNEL, 1, 1) convolution of these rows to these columns.
+    """acc [M, BLOCK_N] plus the (KERNEL, 1, 1) convolution of these rows to these columns.
 
-    x_ptr: [num_rows, C_IN] of one clip and branch; w_ptr: [KERNEL, C_IN, C_OUT]; tap_rows: rows of one frame.
+    x_ptr: [num_rows, C_IN] of one clip and branch; w_ptr: [KERNEL, C_IN, C_OUT]; tap_rows: rows of one frame; c_in:
+    C_IN as an argument, a bound that LLVM does not know, since it unrolls short loops until their addresses spill.
     """
     steps: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
-    for step in range(KERNEL * steps):
-        tap = step // steps
-        k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        tap_row = rows + (tap - KERNEL // 2) * tap_rows
-        inside = row_mask & (tap_row >= 0) & (tap_row < num_rows)
-        x = tl.load(
-            x_ptr + (tap_row[:, None] * C_IN + k[None, :]), mask=inside[:, None] & (k < C_IN)[None, :], other=0.0
-        )
-        w_row = (tap * C_IN + k).to(tl.int64)
-        w_mask = (k < C_IN)[:, None] & (columns < C_OUT)[None, :]
-        w = tl.load(w_ptr + (w_row[:, None] * C_OUT + columns[None, :]), mask=w_mask, other=0.0)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    # only a scalar moves in the loop: addresses and bounds of the tile's own take the fewest registers
+    x_tile = x_ptr + (rows[:, None] * C_IN + k[None, :])
+    w_tile = w_ptr + (k[:, None] * C_OUT + columns[None, :])
+    for step in range(KERNEL * tl.cdiv(c_in, BLOCK_K)):
+        tap = tl.cast(step // steps, tl.int64)
+        k0 = (step - tap * steps) * BLOCK_K
+        tap_offset = (tap - KERNEL // 2) * tap_rows
+        x_mask = row_mask
+        if KERNEL > 1:
+            x_mask = row_mask & (rows + tap_offset >= 0) & (rows + tap_offset < num_rows)
+        x_mask = x_mask[:, None]
+        w_mask = True
+        if C_IN % BLOCK_K != 0:
+            x_mask = x_mask & (k0 + k < C_IN)[None, :]
+            w_mask = w_mask & (k0 + k < C_IN)[:, None]
+        if C_OUT % BLOCK_N != 0:
+            w_mask = w_mask & (columns < C_OUT)[None, :]
+        x = tl.load(x_tile + (tap_offset * C_IN + k0), mask=x_mask, other=0.0)
+        w = tl.load(w_tile + (tap * C_IN + k0) * C_OUT, mask=w_mask, other=0.0)
         acc = tl.dot(x, w, acc, input_precision="ieee")
     return acc
 
 
-@triton.jit(do_not_specialize=["V", "num_rows", "tap_rows"])
+@triton.jit(do_not_specialize=["V", "num_rows", "tap_rows", "c_in"])
 def _temporal_conv3d_fwd_kernel(
     x_ptr,  # [B, V, num_rows, C_IN]
     w_ptr,  # [V, KERNEL, C_IN, C_OUT]
     scale_ptr, shift_ptr,  # [V, C_OUT] float32, or None
     residual_ptr,  # [B, V, num_rows, C_OUT], or None
     out_ptr,  # [B, V, num_rows, C_OUT]
-    V, num_rows, tap_rows,
+    V, num_rows, tap_rows, c_in,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +86,7 @@ def _temporal_conv3d_fwd_kernel(
     acc = add_product(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         x_ptr + clip * num_rows * C_IN, rows, row_mask, num_rows, tap_rows,
-        w_ptr + branch * (KERNEL * C_IN * C_OUT), columns, C_IN, C_OUT, KERNEL, BLOCK_K,
+        w_ptr + branch * (KERNEL * C_IN * C_OUT), columns, c_in, C_IN, C_OUT, KERNEL, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if scale_ptr is not None:
         acc *= load_columns(scale_ptr + branch * C_OUT, columns, C_OUT)
@@ -147,7 +162,7 @@ def temporal_conv3d_fwd(
         _temporal_conv3d_fwd_kernel[grid](
             rows_of(x), pack(weight),
             None if scale is None else scale.contiguous(), None if shift is None else shift.contiguous(),
-            None if residual is None else rows_of(residual), out, V, T * H * W, H * W,
+            None if residual is None else rows_of(residual), out, V, T * H * W, H * W, C_in,
             C_IN=C_in, C_OUT=C_out, KERNEL=kernel, RELU=relu, **tile,
         )  # fmt: skip
     return out
@@ -169,3 +184,55 @@ def temporal_conv3d_dweight(x: Tensor, dout: Tensor, kernel_size: int) -> Tensor
             C_IN=C_in, C_OUT=C_out, KERNEL=kernel_size, **tile,
         )  # fmt: skip
     return partial.sum(0).permute(0, 3, 2, 1)
+
+
+def dweight_reference(x: Tensor, dout: Tensor, kernel_size: int) -> Tensor:
+    weight = x.new_zeros((x.shape[1], dout.shape[2], x.shape[2], kernel_size)).requires_grad_()
+    with torch.enable_grad():
+        return torch.autograd.grad(conv3d_branches(x, weight), weight, dout)[0].to(torch.float32)
+
+
+def audit_layers(precision: str) -> list[tuple[int, ...]]:
+    """The largest layer, (C_in, C_out, k, T, H), of the shipped models for each shape class and kernel size.
+
+    The kernels loop over channels and taps: a smaller layer of the same class differs in trip counts alone.
+    """
+    layers = [(3, width, kernel, FRAMES, size) for width, kernel, size in STEMS]
+    for block in BLOCKS:
+        T, H, inner, outer = block.frames, block.size, block.channels, 4 * block.channels
+        layers += [(block.channels_in, inner, block.kernel, T, H), (inner, inner, 1, T, H)]
+        layers.append((inner, outer, 1, T, H // (1 + block.pool)))
+        if block.channels_in != outer:
+            layers.append((block.channels_in, outer, 1, T, H))
+    layers.sort(key=lambda layer: layer[0] * layer[1])
+    dtype = PRECISIONS[precision]
+    return list({(conv_class(dtype, layer[1]), layer[2]): layer for layer in layers}.values())
+
+
+def audit_cases(precision: str) -> Iterator[AuditCase]:
+    """Every layer, in half precision with and without an epilogue, and the gradient of the weight for each k."""
+    dtype = PRECISIONS[precision]
+
+    def activations(C, layer, B, device):
+        T, H = layer[3:]
+        return channels_last(randn(B, BRANCHES, C, T, H, H, device=device, dtype=dtype))
+
+    def fwd_inputs(layer, epilogue, B, device):
+        C_in, C_out, k = layer[:3]
+        weight = randn(BRANCHES, C_out, C_in, k, device=device, dtype=dtype, fan_in=C_in * k)
+        affine = [randn(BRANCHES, C_out, device=device) if epilogue else None for _ in range(2)]
+        residual = activations(C_out, layer, B, device) if epilogue else None
+        return activations(C_in, layer, B, device), weight, *affine, residual, epilogue
+
+    def dweight_inputs(layer, B, device):
+        return activations(layer[0], layer, B, device), activations(layer[1], layer, B, device), layer[2]
+
+    layers = audit_layers(precision)
+    for layer in layers:
+        for epilogue in (False, True) if precision == "half" else (True,):
+            name = f"{layer[0]} to {layer[1]}, k {layer[2]}{', epilogue' * epilogue}"
+            inputs = partial(fwd_inputs, layer, epilogue)
+            yield AuditCase(name, temporal_conv3d_fwd, temporal_conv3d_reference, inputs)
+    for layer in {layer[2]: layer for layer in layers}.values():
+        name = f"{layer[0]} to {layer[1]}, k {layer[2]}"
+        yield AuditCase(name, temporal_conv3d_dweight, dweight_reference, partial(dweight_inputs, layer))
