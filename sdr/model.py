@@ -46,10 +46,8 @@ class SDRModel(nn.Module):
         Raises:
             ValueError: the number of views, T, H or W is not the configuration's.
         """
+        self.check_views(views)
         V = self.config.num_branches
-        check_clip(views, self.config, ndim=6 if views.ndim == 6 else 5)
-        if views.ndim == 6 and views.shape[1] != V:
-            raise ValueError(f"views must have {V} views, got {list(views.shape)}")
         views = normalise(views)
         # a loop, not a batched pass: this is the readable definition
         tokens = [
@@ -59,3 +57,10 @@ class SDRModel(nn.Module):
         return SDROutput(
             self.transformer(joint.tokens), joint.tokens, joint.features, joint.joint_logits, joint.loo_logits
         )
+
+    def check_views(self, views: Tensor) -> None:
+        """Raise ValueError unless views are as :meth:`forward` takes them."""
+        V = self.config.num_branches
+        check_clip(views, self.config, ndim=6 if views.ndim == 6 else 5)
+        if views.ndim == 6 and views.shape[1] != V:
+            raise ValueError(f"views must have {V} views, got {list(views.shape)}")

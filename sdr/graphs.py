@@ -1,0 +1,73 @@
+"""CUDA graphs of one function, one per input shape: a small model's launches cost more than its kernels."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_GRAPHS = 8  # each holds the memory of one pass
+
+
+class _Graph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    outputs: tuple[Tensor, ...]
+
+
+class GraphCache:
+    """Captures a function at its first call with a shape and replays it at every later one.
+
+    Any thread may call from any stream of the device: replays share memory, so the host takes turns by a lock and the
+    device by an event. Results are copies that later calls do not touch.
+
+    Args:
+        function: of one CUDA tensor to a tuple of tensors; launches the same work for the same shape, and never asks
+            the device for a value.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.function = function
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()  # least recently used first
+        self._done: torch.cuda.Event | None = None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``function(x)``, replayed."""
+        key = (x.shape, x.dtype, x.stride())
+        with self._lock, torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)
+            if key not in self._graphs:
+                self._capture(key, x)
+            self._graphs.move_to_end(key)
+            graph, static, outputs = self._graphs[key]
+            static.copy_(x)
+            graph.replay()
+            results = tuple(output.clone() for output in outputs)
+            self._done = stream.record_event()
+            return results
+
+    def _capture(self, key: tuple, x: Tensor) -> None:
+        if len(self._graphs) == MAX_GRAPHS:
+            self.synchronize()
+            self._graphs.popitem(last=False)
+        static = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.function(static)  # kernels are compiled and loaded before the capture, which forbids both
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do on their streams does not end this capture
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            outputs = self.function(static)
+        self._graphs[key] = _Graph(graph, static, outputs)
+
+    def synchronize(self) -> None:
+        """Wait for the last replay; before graphs are freed, since their memory may be handed out again at once."""
+        if self._done is not None:
+            self._done.synchronize()
