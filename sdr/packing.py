@@ -33,10 +33,9 @@ class PackedBackbones(NamedTuple):
 
 
 def fold(convs: Sequence[nn.Conv3d], norms: Sequence[nn.BatchNorm3d], dtype: torch.dtype) -> FoldedConv:
-    """A layer of V branches, stacked; the batch norm in float32 or wider, the weights in the kernels' memory order."""
+    """A layer of V branches, stacked, and its batch norm in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
-    weight = torch.stack([conv.weight[..., 0, 0] for conv in convs])  # [V, C_out, C_in, k]
-    weight = weight.permute(0, 3, 2, 1).to(dtype, memory_format=torch.contiguous_format).permute(0, 3, 2, 1)
+    weight = torch.stack([conv.weight[..., 0, 0] for conv in convs]).to(dtype)  # [V, C_out, C_in, k]
     gamma, beta, mean, var = (
         torch.stack([getattr(norm, name) for norm in norms]).to(wide)
         for name in ("weight", "bias", "running_mean", "running_var")
@@ -49,7 +48,9 @@ def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: 
     """One bottleneck of every branch."""
 
     def layer(name: str) -> FoldedConv:
-        return fold([getattr(b, name) for b in blocks], [getattr(b, f"{name}_bn") for b in blocks], dtype)
+        conv = fold([getattr(b, name) for b in blocks], [getattr(b, f"{name}_bn") for b in blocks], dtype)
+        # the kernels' order of memory, [V, k, C_in, C_out], or they would copy it at every call
+        return conv._replace(weight=conv.weight.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1))
 
     first = blocks[0]
     branch1 = layer("branch1") if first.has_branch1 else None
@@ -82,7 +83,7 @@ class Linear(NamedTuple):
     """Arguments of :func:`sdr_kernels.norm_linear` that stem from weights: ``norm`` is (gamma, beta, eps)."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # float32 or wider, as gamma and beta
     norm: tuple[Tensor, Tensor, float] | None = None
 
     def __call__(self, x: Tensor, activation: str = "none", residual: Tensor | None = None) -> Tensor:
@@ -91,11 +92,10 @@ class Linear(NamedTuple):
 
 def pack_linear(linear: nn.Linear, dtype: torch.dtype, norm: nn.LayerNorm | None = None) -> Linear:
     """A linear layer and the layer norm before it."""
-    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    if norm is None:
-        return Linear(linear.weight.detach().to(dtype), bias)
-    gamma, beta = (value.detach().to(dtype) for value in (norm.weight, norm.bias))
-    return Linear(linear.weight.detach().to(dtype), bias, (gamma, beta, norm.eps))
+    wide = torch.promote_types(dtype, torch.float32)
+    bias = None if linear.bias is None else linear.bias.to(wide)
+    affine = None if norm is None else (norm.weight.to(wide), norm.bias.to(wide), norm.eps)
+    return Linear(linear.weight.to(dtype), bias, affine)
 
 
 class PackedTRFI:
@@ -111,7 +111,9 @@ class PackedTRFI:
             before, after = head.weight.split((v * (C := head.in_features // (V - 1)), (V - 1 - v) * C), dim=1)
             weights.append(torch.cat([before, before.new_zeros(2, C), after], 1))
             biases.append(head.bias)
-        self.heads = Linear(torch.cat(weights).to(dtype), torch.cat(biases).to(dtype))
+        self.heads = Linear(
+            torch.cat(weights).to(dtype), torch.cat(biases).to(torch.promote_types(dtype, torch.float32))
+        )
 
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """tokens: [B, V, N, C] to joint tokens, features, joint and leave-one-out logits, as :class:`TRFI`."""

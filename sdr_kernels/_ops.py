@@ -46,9 +46,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@cache
+@torch.compiler.assume_constant_result  # or tracing would warn of the cache
 def why_not_triton(device: torch.device) -> str:
     """Empty where Triton kernels run on ``device``, else the reason why not."""
+    return _why_not_triton(device)
+
+
+@cache
+def _why_not_triton(device: torch.device) -> str:
     if find_spec("triton") is None:
         return "triton is not installed"
     if interpreted():
@@ -122,7 +127,7 @@ def empty_channels_last(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def needs_gradient(*tensors: Tensor | None) -> str:
-    """Why an op without a backward cannot run on these tensors; empty where no gradient is asked for."""
+    """Why a kernel without a backward cannot run on these tensors; empty where no gradient is asked for."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return "it has no backward and an input requires a gradient: call it under torch.inference_mode()"
+        return "it has no gradients, and an input asks for one: call it under torch.inference_mode()"
     return ""

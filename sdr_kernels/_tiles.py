@@ -32,7 +32,7 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 2 where kernels are interpreted, so that there too programs walk over tiles."""
+    """Streaming multiprocessors of a GPU; 2 under the interpreter, so that programs walk over tiles there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

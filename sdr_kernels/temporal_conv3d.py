@@ -54,8 +54,8 @@ _dweight = register(
     "temporal_conv3d_dweight",
     "(Tensor x, Tensor dout, int kernel_size, str impl) -> Tensor",
     fake=lambda x, dout, kernel_size: x.new_empty(
-        (x.shape[1], dout.shape[2], x.shape[2], kernel_size), dtype=torch.float32
-    ),
+        (x.shape[1], kernel_size, x.shape[2], dout.shape[2]), dtype=torch.float32
+    ).permute(0, 3, 2, 1),
 )
 
 

@@ -13,14 +13,19 @@ loops whose short length it knows; and a barrier ends each step over the corners
 channels' scales and shifts are loaded before the loop and held.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdr_kernels._ops import empty_channels_last
+from sdr_kernels._cases import BLOCKS, BRANCHES, PRECISIONS, AuditCase, Block, randn
+from sdr_kernels._ops import channels_last, empty_channels_last
 from sdr_kernels._tiles import choose_tile, num_processors, precision_class, width_class
 from sdr_kernels._triton.temporal_conv3d import add_product, load_columns, pack, relu, rows_of
+from sdr_kernels.temporal_bottleneck import FoldedConv, temporal_bottleneck_reference
 
 
 @triton.jit
@@ -306,3 +311,36 @@ def temporal_bottleneck_fwd(
             POOL=pool, TIME_POOL=time_pool, CHAINED=chained, **tile,
         )  # fmt: skip
     return out
+
+
+def bottleneck_reference(x, *arguments) -> Tensor:
+    *layers, pool, time_pool = arguments
+    a, b, c, branch1 = (FoldedConv(*layers[i : i + 3]) for i in range(0, 12, 3))
+    return temporal_bottleneck_reference(x, a, b, c, None if branch1.weight is None else branch1, pool, time_pool)
+
+
+def audit_cases(precision: str) -> Iterator[AuditCase]:
+    """Every block of the shipped models, and one of each class that they skip."""
+    dtype = PRECISIONS[precision]
+
+    def inputs(block, B, device):
+        C_in, inner, C_out, T, H = block.channels_in, block.channels, 4 * block.channels, block.frames, block.size
+        x = channels_last(randn(B, BRANCHES, C_in, T, H, H, device=device, dtype=dtype))
+        layers = []
+        for out_channels, channels, k in (
+            (inner, C_in, block.kernel),
+            (inner, inner, 1),
+            (C_out, inner, 1),
+            (C_out, C_in, 1),
+        ):
+            weight = randn(BRANCHES, out_channels, channels, k, device=device, dtype=dtype, fan_in=channels * k)
+            layers += [weight, *(randn(BRANCHES, out_channels, device=device) for _ in range(2))]
+        if C_in == C_out:
+            layers[9:] = [None, None, None]
+        return x, *layers, block.pool, block.time_pool
+
+    unused = (Block(128, 32, 3, 16, 28), Block(64, 32, 3, 16, 28, pool=True), Block(128, 64, 3, 16, 28, pool=True))
+    for block in (*BLOCKS, *unused):
+        pools = ", pool" * block.pool + ", pool over time" * block.time_pool
+        name = f"{block.channels_in} to {4 * block.channels}, k {block.kernel}{pools}"
+        yield AuditCase(name, temporal_bottleneck_fwd, bottleneck_reference, partial(inputs, block))

@@ -172,7 +172,7 @@ def temporal_conv3d_dweight(x: Tensor, dout: Tensor, kernel_size: int) -> Tensor
     B, V, C_in, T, H, W = x.shape
     C_out = dout.shape[2]
     if B == 0:
-        return x.new_zeros((V, C_out, C_in, kernel_size), dtype=torch.float32)
+        return x.new_zeros((V, kernel_size, C_in, C_out), dtype=torch.float32).permute(0, 3, 2, 1)
     tile = choose_tile(f"temporal_conv3d_dweight {precision_class(x.dtype)}", B * V * T * H * W, x.device)
     tiles = triton.cdiv(C_in, tile["BLOCK_M"]) * triton.cdiv(C_out, tile["BLOCK_N"]), V * kernel_size
     # enough programs to fill a large GPU, whatever the GPU: the result must not depend on it
