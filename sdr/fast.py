@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from sdr import model as reference
+from sdr.checkpoint import sdr_from_ftcn
 from sdr.config import SDRConfig
+from sdr.ftcn import FTCN
 from sdr.graphs import GraphCache
 from sdr.model import SDROutput
 from sdr.packing import PackedModel
@@ -138,3 +140,11 @@ class _Runtime:
 def wants_gradient(model: nn.Module, x: Tensor) -> bool:
     """A gradient would flow to the input or to a parameter."""
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in model.parameters()))
+
+
+def accelerate(model: FTCN | reference.SDRModel) -> SDRModel:
+    """A fast model with a copy of these weights; an FTCN becomes the SDRModel of one branch, with the same logits."""
+    if isinstance(model, FTCN):
+        device = next(model.parameters()).device
+        model = sdr_from_ftcn(model, num_branches=1).to(device)
+    return model if isinstance(model, SDRModel) else SDRModel.from_reference(model)

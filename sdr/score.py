@@ -18,6 +18,7 @@ from sdr.decoding import Limits
 from sdr.detectors import Detector
 from sdr.errors import SDRError, escape
 from sdr.faces import cut_clips, detect_faces, plan_clips, track_faces
+from sdr.fast import accelerate
 from sdr.ftcn import FTCN
 from sdr.model import SDRModel
 from sdr.tpa import augment
@@ -112,7 +113,7 @@ class Scorer:
     """A model, a face detector and their settings, ready to score any number of videos.
 
     Args:
-        model: in evaluation mode, on its device.
+        model: in evaluation mode, on its device; a copy of it is run by :mod:`sdr.fast`.
         detector: see :func:`sdr.detectors.load_detector`.
         config: how to score.
         cache: folder for detections; None keeps none.
@@ -126,7 +127,7 @@ class Scorer:
         *,
         cache: Path | None = None,
     ) -> None:
-        self.model, self.detector, self.cache = model, detector, cache
+        self.model, self.detector, self.cache = accelerate(model), detector, cache
         self.config = config or ScoreConfig()
         if self.config.views == "tpa" and isinstance(model, FTCN):
             raise ValueError("views must be 'same' for FTCN, which has one branch, got 'tpa'")

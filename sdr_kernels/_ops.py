@@ -46,10 +46,13 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@torch.compiler.assume_constant_result  # or tracing would warn of the cache
 def why_not_triton(device: torch.device) -> str:
     """Empty where Triton kernels run on ``device``, else the reason why not."""
     return _why_not_triton(device)
+
+
+# what torch.compiler.assume_constant_result sets, which imports all of dynamo; tracing would warn of the cache
+why_not_triton._dynamo_marked_constant = True
 
 
 @cache

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "sdr"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "sdr"
+KERNELS = ROOT / "sdr_kernels"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # a module may import, at its top, only from the layers above it in this list
 LAYERS = [
@@ -16,8 +18,9 @@ LAYERS = [
     {"tpa", "video", "detectors"},
     {"transformer", "faces", "datasets"},
     {"ftcn", "trfi", "synth"},
-    {"model"},
-    {"losses", "checkpoint", "loading", "evaluate"},
+    {"model", "graphs"},
+    {"packing", "losses", "checkpoint", "loading", "evaluate"},
+    {"fast"},
     {"train", "score"},
     {"report"},
     {"__init__"},
@@ -36,14 +39,14 @@ DATA = {
     "decoding",
     "portraits",
 }
-MODEL = {"transformer", "ftcn", "trfi", "model", "losses", "checkpoint", "train", "score"}
-BASE = {"torch", "numpy", "sdr"}
+MODEL = {"transformer", "ftcn", "trfi", "model", "packing", "fast", "losses", "checkpoint", "train", "score"}
+BASE = {"torch", "numpy", "sdr", "sdr_kernels"}
 WORKER = {"av"}  # run as a script of its own
 
 
-def imports(module: str, *, top_only: bool) -> set[str]:
-    """Dotted names that a module imports, at its top level or anywhere, type checking aside."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+def imports(module: str | Path, *, top_only: bool) -> set[str]:
+    """Dotted names that a module of sdr, or a file, imports, at its top level or anywhere, type checking aside."""
+    tree = ast.parse((PACKAGE / f"{module}.py" if isinstance(module, str) else module).read_text())
     nodes = tree.body if top_only else ast.walk(tree)
     names = set()
     for node in nodes:
@@ -81,10 +84,19 @@ def test_top_level_needs_torch_and_numpy_alone(module):
     assert {name for name in top if name not in sys.stdlib_module_names} <= allowed
 
 
+@pytest.mark.parametrize("file", sorted(KERNELS.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_kernels_know_nothing_of_the_model(file):
+    names = {name.split(".")[0] for name in imports(file, top_only=False)}
+    assert "sdr" not in names
+    allowed = {"torch", "numpy", "sdr_kernels"} | ({"triton"} if file.parent.name == "_triton" else set())
+    top = {name.split(".")[0] for name in imports(file, top_only=True)}
+    assert {name for name in top if name not in sys.stdlib_module_names} <= allowed
+
+
 def test_importing_prints_nothing_and_loads_no_optional_package():
     code = """
-import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli
-heavy = {"av", "onnxruntime", "onnx", "cv2", "sklearn", "skimage", "jinja2", "plotly", "PIL", "rich", "jsonargparse"}
+import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr_kernels
+heavy = {"triton", "av", "onnxruntime", "onnx", "cv2", "sklearn", "skimage", "jinja2", "plotly", "PIL", "rich", "jsonargparse"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
