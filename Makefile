@@ -10,7 +10,7 @@ TRAIN := --preset tiny --epochs 8 --lr 0.003
 # idle threads sleep: on a shared machine waiting in a loop can cost several times the work
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo control test lint bench clean
+.PHONY: demo control test lint bench gpu clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -45,6 +45,10 @@ lint: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/pytest bench $(BENCH)
+
+# checks and times on this machine's GPU, under 10 minutes; installs nothing; OUT=folder and COMMIT=name are optional
+gpu:
+	@PYTHONPATH=. $(firstword $(wildcard $(BIN)/python) $(PYTHON)) bench/gpu.py $(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf $(VENV) $(DEMO) sdr_scores build *.egg-info

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 MAX_GRAPHS = 8  # each holds the memory of one pass
+_one_capture = threading.Lock()  # a capture begins with work that disturbs another's on the device
 
 
 class _Graph(NamedTuple):
@@ -63,7 +64,7 @@ class GraphCache:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on their streams does not end this capture
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with _one_capture, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             outputs = self.function(static)
         self._graphs[key] = _Graph(graph, static, outputs)
 

@@ -162,13 +162,20 @@ def resources(cubin: bytes) -> tuple[int, int, int]:
     return int(registers), int(stack), int(local)
 
 
-def interpreter_off() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
+@contextmanager
+def interpreter_off() -> Iterator[None]:
+    """Within the block a new process does not interpret: the variable must be gone before it imports Triton."""
+    value = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ["TRITON_INTERPRET"] = value
 
 
 def run_jobs(jobs: Iterable[Job], processes: int) -> list[Row]:
     """Rows of all jobs, in order; the processes are fresh, because Triton's interpreter may be on in this one."""
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=interpreter_off) as pool:
+    with interpreter_off(), ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         return [row for rows in pool.map(audit_job, jobs) for row in rows]
 
 

@@ -35,7 +35,7 @@ def input_rows(out_rows, frame, corner, size, POOL: tl.constexpr, TIME_POOL: tl.
         return out_rows
     _, H, W, _, _, _, _ = size
     out_W = W // 2 if POOL else W
-    out_frame = (H // 2 if POOL else H) * out_W
+    out_frame = (tl.cast(H // 2 if POOL else H, tl.int64) * out_W).to(tl.int32)
     # divisions of 64 bits are slow, and a clip has fewer than 2**31 rows
     t = (out_rows.to(tl.int32) // out_frame).to(tl.int64)
     position = out_rows.to(tl.int32) % out_frame
@@ -71,7 +71,20 @@ def inner_chained(
         rows = input_rows(out_rows, frame, corner, size, POOL, TIME_POOL)
         acc = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         acc = add_product(
-            acc, x_ptr, rows, row_mask, T * H * W, H * W, a[0], columns, c_in, C_IN, INNER, KERNEL, BLOCK_I, BLOCK_K
+            acc,
+            x_ptr,
+            rows,
+            row_mask,
+            T * H * W,
+            tl.cast(H, tl.int64) * W,
+            a[0],
+            columns,
+            c_in,
+            C_IN,
+            INNER,
+            KERNEL,
+            BLOCK_I,
+            BLOCK_K,
         )
         acc = relu(affine(acc, a, columns, INNER))
         weight = tl.load(b[0] + (columns[:, None] * INNER + columns[None, :]), mask=mask, other=0.0)
@@ -98,7 +111,20 @@ def inner_to_scratch(
             columns = start + tl.arange(0, BLOCK_I).to(tl.int64)
             acc = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
             acc = add_product(
-                acc, x_ptr, rows, row_mask, T * H * W, H * W, a[0], columns, c_in, C_IN, INNER, KERNEL, BLOCK_I, BLOCK_K
+                acc,
+                x_ptr,
+                rows,
+                row_mask,
+                T * H * W,
+                tl.cast(H, tl.int64) * W,
+                a[0],
+                columns,
+                c_in,
+                C_IN,
+                INNER,
+                KERNEL,
+                BLOCK_I,
+                BLOCK_K,
             )
             acc = relu(affine(acc, a, columns, INNER)).to(dtype)
             tl.store(scratch_a + (local[:, None] * INNER + columns[None, :]), acc, mask=(columns < INNER)[None, :])

@@ -115,7 +115,7 @@ def _temporal_conv3d_dweight_kernel(
     branch = (tl.program_id(1) // KERNEL).to(tl.int64)
     tap = (tl.program_id(1) % KERNEL).to(tl.int64)
     split = tl.program_id(2).to(tl.int64)
-    c_in = (tile // column_tiles) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    c_in = (tile // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tile % column_tiles) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     row_tiles = tl.cdiv(num_rows, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -1,0 +1,139 @@
+"""The machine that a step runs on, and the small stand-in for it that rehearses the steps on a CPU."""
+
+import gc
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from sdr import SDRConfig, ftcn_released, paper
+
+ROOT = Path(__file__).resolve().parent.parent
+# as many stages and kinds of block as the presets, small enough for one core
+SMALL = {
+    "num_branches": 2,
+    "num_frames": 4,
+    "image_size": 32,
+    "width": 8,
+    "blocks": (1, 3, 1, 1),
+    "embed_dim": 32,
+    "num_heads": 2,
+    "head_dim": 16,
+    "mlp_dim": 64,
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a step runs, and what earlier steps measured there.
+
+    Args:
+        rehearsal: tiny shapes on the CPU instead of real ones on the GPU.
+        report: the run's JSON so far.
+    """
+
+    rehearsal: bool
+    report: Path
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.rehearsal else "cuda")
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name to dtype; float32 first."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+    @property
+    def half(self) -> torch.dtype:
+        """What the timings run in: bf16; float32 in the rehearsal, where CPUs are faster."""
+        return torch.float32 if self.rehearsal else torch.bfloat16
+
+    def configs(self) -> dict[str, SDRConfig]:
+        """The presets of full width; ``ftcn_released`` first."""
+        presets = {"ftcn_released": ftcn_released(), "paper": paper()}
+        return {name: replace(config, **SMALL) for name, config in presets.items()} if self.rehearsal else presets
+
+    def scaled(self, real: int, small: int) -> int:
+        """A size of the measurement, or of its rehearsal."""
+        return small if self.rehearsal else real
+
+    def release(self) -> None:
+        """Give back the memory of what is no longer used."""
+        gc.collect()  # a captured graph's tensors can hang in a cycle
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def results(self, step: str) -> dict:
+        """What an earlier step found; empty where it did not run."""
+        steps = json.loads(self.report.read_text())["steps"] if self.report.exists() else {}
+        return steps.get(step, {}).get("result", {})
+
+    @cached_property
+    def rates(self) -> tuple[float, float] | None:
+        """Measured FLOP/s and bytes/s; None where the ceilings were not measured."""
+        ceilings = self.results("ceilings").get("ceilings")
+        if not isinstance(ceilings, dict):
+            return None
+        return ceilings["matmul_flops_per_s"], ceilings["copy_bytes_per_s"]
+
+
+def output_of(*command: str) -> str:
+    """Standard output of a command, or "unknown" where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def why_no_gpu() -> str:
+    """Empty where the kernels can run here, else the reason in one line."""
+    if not torch.cuda.is_available():
+        return "no CUDA GPU found"
+    major, minor = torch.cuda.get_device_capability()
+    return (
+        ""
+        if major >= 8
+        else f"compute capability 8.0 or later is needed, {torch.cuda.get_device_name()} has {major}.{minor}"
+    )
+
+
+def stamp(commit: str | None) -> dict[str, object]:
+    """What a result must name to mean something later.
+
+    Args:
+        commit: names the code where there is no git; None asks git.
+    """
+    import triton
+
+    status = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    gpu = torch.cuda.is_available()
+    return {
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "capability": list(torch.cuda.get_device_capability()) if gpu else None,
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cpu_cores": os.cpu_count(),
+        "commit": commit or output_of("git", "rev-parse", "HEAD"),
+        "dirty": status if status == "unknown" else status != "",
+        "date": time.strftime("%Y-%m-%d"),
+        "time": time.strftime("%H:%M:%S%z"),
+    }
+
+
+def file_name(stamp: dict[str, object]) -> str:
+    """<gpu>_<date>_<commit>.json in letters, digits, dashes and underscores."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", str(stamp["gpu"]).lower()).strip("-")
+    dirty = "-dirty" if stamp["dirty"] is True else ""
+    return f"{gpu}_{stamp['date']}_{str(stamp['commit'])[:7]}{dirty}.json"

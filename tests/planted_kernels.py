@@ -1,0 +1,88 @@
+"""Kernels that each break one rule of the audit, and one that breaks none; see test_audit.py."""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from sdr_kernels._cases import PRECISIONS, AuditCase
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _good_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = (tl.program_id(1) % 4) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + (row[:, None] * stride + column[None, :]))
+    tl.store(out_ptr + (row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]), tl.dot(x, x).to(x.dtype))
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _narrow_offset_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + (row[:, None] * stride + tl.arange(0, BLOCK)[None, :]))
+    tl.store(out_ptr + (row[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]), tl.dot(x, x).to(x.dtype))
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _widened_too_late_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    here = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    start = (tl.program_id(0) * stride).to(tl.int64)
+    x = tl.load(x_ptr + start + here)
+    tl.store(out_ptr + here, tl.dot(x, x).to(x.dtype))
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _summed_in_a_loop_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    here = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    start = stride
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for _ in range(stride):
+        x = tl.load(x_ptr + start.to(tl.int64) + here)
+        acc = tl.dot(x, x, acc)
+        start += stride
+    tl.store(out_ptr + here, acc.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _many_stages_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    here = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(stride):
+        x = tl.load(x_ptr + step.to(tl.int64) * BLOCK + here)
+        acc = tl.dot(x, x, acc)
+    tl.store(out_ptr + here, acc.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _scalar_product_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    here = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + here).to(tl.float32)
+    tl.store(out_ptr + here, tl.dot(x, x, input_precision="ieee").to(out_ptr.dtype.element_ty))
+
+
+def launcher(kernel, *, block: int = 64, **options):
+    def launch(x):
+        kernel[(1, 1)](x, torch.empty_like(x), x.shape[0], BLOCK=block, **options)
+
+    return launch
+
+
+LAUNCHERS = {
+    "good": launcher(_good_kernel),
+    "narrow offset": launcher(_narrow_offset_kernel),
+    "widened too late": launcher(_widened_too_late_kernel),
+    "summed in a loop": launcher(_summed_in_a_loop_kernel),
+    "scalar product": launcher(_scalar_product_kernel, block=32),
+    "spill": launcher(_good_kernel, maxnreg=32),
+    "shared memory": launcher(_many_stages_kernel, block=128, num_warps=8, num_stages=9),
+    "no such option": launcher(_good_kernel, unknown=1),
+}
+
+
+def audit_cases(precision: str) -> Iterator[AuditCase]:
+    def inputs(B, device):
+        return (torch.empty(64, 64, dtype=PRECISIONS[precision], device=device),)
+
+    for name, launch in LAUNCHERS.items():
+        yield AuditCase(name, launch, launch, inputs)

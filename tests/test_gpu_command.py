@@ -1,0 +1,391 @@
+"""`make gpu` as far as a CPU goes: the work it counts, its steps' budgets, its refusal, and a whole rehearsal."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import sdr_kernels
+from sdr import SDRModel, ftcn_released, paper, tiny
+from sdr.ftcn import Backbone, Bottleneck, Stem
+
+ROOT = Path(__file__).parent.parent
+GPU = ROOT / "bench" / "gpu.py"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of bench/, which is no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return import_module
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, str(GPU), *arguments], capture_output=True, text=True, check=False, env=env, cwd=ROOT
+    )
+
+
+def count_products(module: torch.nn.Module, x: torch.Tensor) -> dict[str, int]:
+    """FLOPs of every convolution and linear layer by name, counted by hooks."""
+    flops = {}
+
+    def hook(name):
+        def count(layer, inputs, output):
+            inner = layer.weight[0].numel()
+            flops[name] = flops.get(name, 0) + 2 * output.numel() * inner
+
+        return count
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, (torch.nn.Conv3d, torch.nn.Linear)):
+            layer.register_forward_hook(hook(name))
+    with torch.inference_mode():
+        module(x)
+    return flops
+
+
+@pytest.mark.parametrize(("preset", "gflop"), [(ftcn_released, 133), (paper, 163)])
+def test_backbone_flops_are_those_of_the_reference(bench, preset, gflop):
+    config = replace(preset(), num_branches=1)
+    with torch.device("meta"):
+        counted = count_products(Backbone(config.branch()).eval(), torch.empty(1, 3, 32, 224, 224))
+    layers = [x for x in bench("layers").layers_of(config, 1) if x.op in ("temporal_stem", "temporal_bottleneck")]
+    for layer in layers:
+        of_layer = sum(flops for name, flops in counted.items() if name.startswith(layer.name + "."))
+        assert layer.flops == of_layer, layer.name
+    assert sum(layer.flops for layer in layers) == sum(counted.values())
+    assert round(sum(counted.values()) / 1e9) == gflop
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"num_branches": 1}, {"joint_feature": "mlp"}, {"joint_feature": "mean"}, {"depth": 2}], ids=str
+)
+def test_head_flops_are_those_of_the_reference(bench, change):
+    config = replace(tiny(), **change)
+    clip = torch.zeros(2, 3, config.num_frames, config.image_size, config.image_size)
+    counted = count_products(SDRModel(config).eval(), clip)
+    linear = sum(flops for name, flops in counted.items() if not name.startswith("branches"))
+    layers = [layer for layer in bench("layers").layers_of(config, 2) if layer.op == "norm_linear"]
+    assert sum(layer.flops for layer in layers) == linear
+
+
+def test_backbone_bytes_are_those_of_the_reference(bench):
+    """Input, output and weights of every stem and block, and scale and shift of every channel."""
+    config = replace(tiny(), num_branches=1, backbone_stages=3, blocks=(2, 1, 2))
+    backbone = Backbone(config.branch()).eval()
+    counted = {}
+
+    def hook(name):
+        def count(module, inputs, output):
+            convs = [x for x in module.modules() if isinstance(x, torch.nn.Conv3d)]
+            weights = sum(conv.weight.nbytes + 8 * conv.out_channels for conv in convs)
+            last = backbone.time_pool(output) if name == "res2.1" else output
+            counted[name] = inputs[0].nbytes + last.nbytes + weights
+
+        return count
+
+    for name, module in backbone.named_modules():
+        if isinstance(module, (Stem, Bottleneck)):
+            module.register_forward_hook(hook(name))
+    with torch.inference_mode():
+        backbone(torch.zeros(3, 3, config.num_frames, config.image_size, config.image_size))
+    layers = bench("layers").layers_of(config, 3, itemsize=4)
+    assert {layer.name: layer.bytes for layer in layers if layer.name in counted} == counted
+
+
+def test_floors_are_those_of_block_fusion(bench):
+    """About 12 ms for 16 clips of 4 branches on an H200, of which arithmetic is the larger part."""
+    layers = bench("layers").layers_of(ftcn_released(), 16)
+    rates = 790e12, 4.3e12
+    assert sum(layer.floor(*rates) for layer in layers) == pytest.approx(11.7e-3, rel=0.02)
+    bound = {layer.name: layer.bound(*rates) for layer in layers}
+    assert (bound["stem"], bound["res2.1"], bound["res3.0"], bound["spatial_mean"]) == (
+        "memory",
+        "memory",
+        "arithmetic",
+        "memory",
+    )
+
+
+def test_equal_layers_are_timed_once(bench):
+    layers = bench("layers")
+    counts = {layer.name: count for layer, count in layers.distinct(layers.layers_of(ftcn_released(), 1))}
+    assert {name: counts[name] for name in ("res2.0", "res2.1", "res2.2", "res3.1", "res4.1", "res4.2")} == {
+        "res2.0": 1,
+        "res2.1": 1,
+        "res2.2": 1,
+        "res3.1": 2,
+        "res4.1": 3,
+        "res4.2": 2,
+    }
+
+
+def script(code: str) -> tuple[str, ...]:
+    """A step's command: Python code that finds its own arguments behind it."""
+    return sys.executable, "-c", code
+
+
+RECORDS = "import json, sys; json.dump({{'seen': {}}}, open(sys.argv[2], 'w'))"
+
+
+def test_a_failing_and_a_hanging_step_leave_the_rest(bench, tmp_path):
+    ledger = bench("ledger")
+    started = tmp_path / "started"
+    # what a step starts in a session of its own must end with it
+    hangs = f"""
+import subprocess, time
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+open({str(started)!r}, "w").write(str(child.pid))
+time.sleep(600)
+"""
+    steps = [
+        ledger.Step("hangs", 3.0, True, script(hangs)),
+        ledger.Step("first", 10.0, False, script(RECORDS.format(1))),
+        ledger.Step("fails", 10.0, True, script(RECORDS.format(2) + "; sys.exit('the reason')")),
+        ledger.Step("absent", 10.0, False, ("/nonexistent/program",)),
+        ledger.Step("last", 10.0, True, script(RECORDS.format(3))),
+    ]
+    report = {"steps": {}}
+    start = time.monotonic()
+    ledger.run_steps(steps, report, tmp_path / "report.json", tmp_path)
+    assert time.monotonic() - start < 20
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    outcomes = report["steps"]
+    assert {name: outcome["result"].get("seen") for name, outcome in outcomes.items()} == {
+        "first": 1,
+        "fails": 2,
+        "hangs": None,
+        "absent": None,
+        "last": 3,
+    }
+    assert outcomes["first"]["status"] == outcomes["last"]["status"] == "done"
+    assert outcomes["fails"]["status"] == "failed with exit code 1"
+    assert "the reason" in outcomes["fails"]["log"]
+    assert outcomes["hangs"]["status"].startswith("overran its ")
+    assert outcomes["absent"]["status"] == "failed"
+    assert "/nonexistent/program" in outcomes["absent"]["log"]
+    assert ledger.failures(steps, report) == ["hangs", "fails"]
+    state = Path(f"/proc/{started.read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_budgets_stay_below_ten_minutes(bench):
+    steps = bench("gpu").STEPS
+    assert [name for name, *_ in steps] == [
+        "correctness",
+        "sanitizer",
+        "ceilings",
+        "timings",
+        "peers",
+        "profiling",
+    ]
+    assert sum(budget_s for _, budget_s, _ in steps) <= 580
+    assert [name for name, _, must_pass in steps if must_pass] == ["correctness", "sanitizer"]
+
+
+def test_an_attempt_enters_the_reason_of_what_it_could_not_measure(bench, tmp_path):
+    ledger = bench("ledger").Ledger(tmp_path / "step.json", 60.0)
+
+    def out_of_memory():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    ledger.attempt("peer", out_of_memory)
+    ledger.attempt("late", lambda: 1, needs_s=61.0)
+    ledger.attempt("good", lambda: {"median_s": 1.0})
+    assert json.loads((tmp_path / "step.json").read_text()) == {
+        "peer": "not measured: OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB",
+        "late": "not measured: no time was left in the step's 60 s",
+        "good": {"median_s": 1.0},
+    }
+
+
+def test_refuses_without_a_gpu_in_one_line():
+    done = command(CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "make gpu: no CUDA GPU found\n"
+
+
+def test_make_gpu_runs_the_command():
+    done = subprocess.run(
+        ["make", "gpu", f"VENV={sys.prefix}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 2
+    assert "make gpu: no CUDA GPU found" in done.stderr
+
+
+def test_a_rehearsal_never_writes_among_the_results():
+    done = command("--rehearse", "--out", str(ROOT / "bench" / "results" / "new"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("make gpu: a rehearsal is no result: --out must lie outside ")
+    assert not (ROOT / "bench" / "results" / "new").exists()
+
+
+def test_the_sanitizer_runs_every_op(bench):
+    ops = {name for name in sdr_kernels.__all__ if name.islower()}
+    assert set(bench("sanitizer").SMALL_SHAPES) == ops
+
+
+@pytest.mark.parametrize(
+    ("prints", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", {"errors": 0, "exit_code": 0}),
+        ("========= Invalid read\n========= ERROR SUMMARY: 2 errors", {"errors": 2, "exit_code": 0}),
+        ("RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", {"errors": 1, "exit_code": 0}),
+        ("========= Error: Device not supported", "not measured: no summary, exit code 0: "),
+    ],
+)
+def test_reads_what_the_sanitizer_found(bench, tmp_path, prints, expected):
+    fake = [sys.executable, "-c", f"print({prints!r})"]
+    result = bench("sanitizer").run_tool(fake, 30.0, tmp_path / "log", dict(os.environ))
+    if isinstance(expected, str):
+        assert result.startswith(expected)
+    else:
+        assert {key: result[key] for key in expected} == expected
+        assert ("log" in result) == (expected["errors"] > 0)
+
+
+def test_counts_tests_of_a_run_that_was_cut_off(bench):
+    names = ["tests/test_a.py::test_x[1, 2]", "tests/test_a.py::test_y", "tests/test_b.py::test_z"]
+    text = f"{names[0]} PASSED [ 33%]\n{names[1]} FAILED [ 66%]\n{names[2]} "
+    result = bench("correctness").summarise(names, [text])
+    assert (result["passed"], result["failed"], result["missing"]) == (1, 1, 1)
+    assert result["files"]["tests/test_a.py"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 0}
+
+
+def results(**changes) -> dict:
+    """What the steps of a run found that meets every must and no goal."""
+    timings = {
+        "inference ftcn_released bf16": {"clips": 16, "clips_per_s": 800.0, "share_of_floor": 0.6},
+        "latency ftcn_released bf16 wall": {"median_s": 1.5e-3},
+        "latency ftcn_released bf16 wall, 1 branch": {"median_s": 0.7e-3},
+        "import to first result, empty cache": {"seconds": 5.0},
+        "deviation from linear, frames": {"8": 0.1, "32": 0.0},
+        "deviation from linear, branches": {"1": -0.05, "4": 0.0},
+        "op res3.0, 16 clips, ftcn_released": {
+            "clips": 16, "count": 1, "median_s": 4e-3, "floor_s": 2e-3, "share_of_floor": 0.5, "bound": "arithmetic",
+            "flops": 16 * 10**11, "bytes": 10**9,
+        },
+    }  # fmt: skip
+    peers = {
+        "eager loop bf16 NCTHW, 16 clips": {"clips": 16, "clips_per_s": 200.0},
+        "torch.func.vmap bf16, 16 clips": {"clips": 16, "clips_per_s": 700.0},  # not among the peers to beat
+        "CUDA graph over eager, 1 clips": {"clips": 1, "clips_per_s": 999.0},
+        "torch.compile default bf16, 16 clips": "not measured: OutOfMemoryError: CUDA out of memory",
+    }
+    profile = {"inference, 16 clips": {"idle_share": 0.02, "launches": 14.0}}
+    correctness = {"failed": 0, "paper bf16": {"errors": {"tokens": {"ratio": 1.5}}}}
+    return {"timings": timings | changes, "peers": peers, "profiling": profile, "correctness": correctness}
+
+
+def verdicts(bench, found: dict) -> dict[str, tuple]:
+    return {row["what"]: (row["measured"], row["verdict"]) for row in bench("summary").summarise(found)}
+
+
+def test_summary_judges_by_must_and_goal(bench):
+    rows = verdicts(bench, results())
+    assert rows["inference, 16 clips x 4 branches"] == (800.0, "must")
+    assert rows["... against the best peer"] == (4.0, "must")
+    assert rows["V 1..16, off linear in work"] == (5.0, "goal")
+    assert rows["error, in units of eager's in the same dtype"] == (1.5, "must")
+    why = "res3.0 4000 us, 50 % of floor (400 TFLOP/s); GPU idle 2 % between 14 launches"
+    assert rows["... share of floor"] == (60.0, f"short of goal: {why}")
+
+
+def test_summary_says_why_a_figure_falls_short_or_is_missing(bench):
+    slow = {"clips": 16, "clips_per_s": 500.0, "share_of_floor": 0.4}
+    changes = {"inference ftcn_released bf16": slow, "import to first result, empty cache": "not measured: no Python"}
+    rows = verdicts(bench, results(**changes))
+    assert rows["inference, 16 clips x 4 branches"][1].startswith("short: res3.0 4000 us, 50 % of floor")
+    assert rows["import to first result, nothing cached"] == (None, "not measured: no Python")
+    assert all(verdict.startswith("not measured: ") for _, verdict in verdicts(bench, {}).values())
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> tuple[subprocess.CompletedProcess, dict]:
+    folder = tmp_path_factory.mktemp("rehearsal")
+    done = command("--rehearse", "--out", str(folder), "--commit", "0123456789")
+    (file,) = folder.iterdir()
+    assert file.name.endswith("_0123456.json") or file.name.endswith("_0123456-dirty.json")
+    return done, json.loads(file.read_text())
+
+
+@pytest.mark.slow
+def test_rehearsal_executes_every_step(rehearsal, bench):
+    done, report = rehearsal
+    logs = {
+        name: (step["status"], step.get("log"), step["result"].get("plain run"))
+        for name, step in report["steps"].items()
+    }
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{logs}"
+    assert report["rehearsal"] is True
+    assert report["failed"] == []
+    steps = report["steps"]
+    assert {name: step["status"] for name, step in steps.items()} == {name: "done" for name, *_ in bench("gpu").STEPS}
+    missing = {
+        key: value
+        for step in steps.values()
+        for key, value in step["result"].items()
+        if isinstance(value, str) and value.startswith("not measured: ") and "compute-sanitizer not found" not in value
+    }
+    assert {key.partition(",")[0] for key in missing} == {
+        "CUDA graph over eager bf16 channels_last_3d",
+        "CUDA graph over torch.compile default bf16",
+    }
+    assert steps["correctness"]["result"]["tests"]["passed"] > 0
+    assert steps["sanitizer"]["result"]["plain run"] == "passed"
+    assert set(report["stamp"]) >= {"gpu", "driver", "torch", "triton", "cuda", "python", "commit", "dirty", "date"}
+
+
+@pytest.mark.slow
+def test_rehearsal_is_marked_as_no_measurement(rehearsal):
+    done, report = rehearsal
+    assert "rehearsal, not a measurement" in done.stdout.splitlines()
+    assert all(row["what"] in done.stdout for row in report["summary"])
+    assert all(row["measured"] is not None for row in report["summary"])
+
+
+@pytest.mark.slow
+def test_rehearsal_gives_every_op_a_floor(rehearsal):
+    ops = {k: v for k, v in rehearsal[1]["steps"]["timings"]["result"].items() if k.startswith("op ")}
+    assert {row["op"] for row in ops.values()} == {
+        "temporal_stem",
+        "temporal_bottleneck",
+        "spatial_mean",
+        "norm_linear",
+        "token_attention",
+    }
+    assert all(row["floor_s"] > 0 and row["share_of_floor"] > 0 and row["bound"] for row in ops.values())
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_leaves_what_was_done(tmp_path):
+    arguments = ["--rehearse", "--out", str(tmp_path), "--steps", "ceilings", "peers"]
+    process = subprocess.Popen(
+        [sys.executable, str(GPU), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline().startswith("ceilings     done")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    (file,) = tmp_path.iterdir()
+    steps = json.loads(file.read_text())["steps"]
+    assert steps["ceilings"]["result"]["ceilings"]["copy_bytes_per_s"] > 0
+    assert steps["peers"]["status"] == "cut off with the run"
