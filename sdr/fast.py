@@ -4,6 +4,7 @@ In evaluation and without gradients all branches run in one pass of the ops in :
 Triton kernels on a GPU, oneDNN on a CPU. In training, or where a gradient is asked for, the reference runs.
 """
 
+import copy
 import logging
 import threading
 from itertools import chain
@@ -45,12 +46,9 @@ class SDRModel(reference.SDRModel):
     @classmethod
     def from_reference(cls, model: reference.SDRModel) -> "SDRModel":
         """A fast model with a copy of ``model``'s weights, on its device and in its dtype and mode."""
-        parameter = next(model.parameters())
-        with torch.device("meta"):
-            fast = cls(model.config)
-        fast = fast.to(parameter.dtype).to_empty(device=parameter.device)
-        fast.load_state_dict(model.state_dict())
-        return fast.train(model.training)
+        fast = cls.__new__(cls)  # no initialisation: it would be overwritten, and would move the random generator
+        fast.__dict__.update(copy.deepcopy(vars(model)), _runtime=_Runtime())
+        return fast
 
     def refresh(self) -> None:
         """Forget packed weights and graphs; the next call makes them anew."""

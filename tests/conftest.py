@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two test processes share two cores
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it on a GPU
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 def reproducible():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # a reference in float32 is one
     torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN, so that an unwritten output shows
 
 
