@@ -22,16 +22,20 @@ from torch import Tensor
 from sdr.fast import SDRModel as FastSDRModel
 from sdr.tpa import normalise
 
-TESTS = ["test_temporal_*.py", "test_spatial_mean.py", "test_norm_linear.py", "test_token_attention.py", "test_fast.py"]
+TESTS = [
+    "test_temporal_*.py",
+    "test_spatial_mean.py",
+    "test_norm_linear.py",
+    "test_token_attention.py",
+    "test_graphs.py",
+    "test_fast.py",
+]
 REHEARSED = "test_datasets.py"  # has no kernel to interpret: the rehearsal is of running and counting
 TESTS_SHARE = 0.85  # of the step's time; the model's checks run beside them
 MAX_PROCESSES = 10  # each holds about 1 GB of the GPU's memory
 NAMES = 20  # of failures that are kept
 LOG_CHARACTERS = 3000
-CLIPS = {
-    "ftcn_released": 4,
-    "paper": 5,
-}  # with 4 branches the first replays a CUDA graph, the second is too large for one
+CLIPS = {"ftcn_released": 4, "paper": 5}  # of 4 branches: the first replays a CUDA graph, the second is too large
 PRECISIONS = (("fp32",), ("fp16",), ("bf16", "bf16 from uint8"))  # checked beside each other
 REPEATS = 50
 ALLOWED = 2.0  # of the reference's own error in the same dtype

@@ -6,9 +6,10 @@ Triton kernels on a GPU, oneDNN on a CPU. In training, or where a gradient is as
 
 import copy
 import logging
+import operator
 import threading
-from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,11 @@ logger = logging.getLogger(__name__)
 class SDRModel(reference.SDRModel):
     """:class:`sdr.model.SDRModel` with fast inference; a drop-in for it in every other respect.
 
-    The kernels run in the dtype of the parameters or of an enabled autocast. Packed weights are made at the first call
-    and again when a parameter or buffer has changed; only changes made through ``.data`` cannot be seen: call
-    :meth:`refresh` after those. On a GPU small inputs replay a CUDA graph per shape, from any thread and stream.
+    The kernels run in the dtype of the parameters or of an enabled autocast. Packed weights are made at the first call,
+    and anew when a parameter, buffer or module has changed; what is written through ``.data``, or to a tensor that was
+    made in inference mode, cannot be seen: call :meth:`refresh` after that. Hooks of submodules run in the reference
+    alone. On a GPU small inputs replay a CUDA graph per shape, from any thread and stream; a graph that a user captures
+    of a call holds the weights of that time.
 
     Args:
         config: shapes and options; see :class:`sdr.config.SDRConfig` and the presets beside it.
@@ -55,75 +58,128 @@ class SDRModel(reference.SDRModel):
         self._runtime.finish()
         self._runtime = _Runtime()
 
-    def _apply(self, *args, **options):
-        self.refresh()  # a move to another device or dtype may replace tensors without a trace in the old ones
-        return super()._apply(*args, **options)
-
-    def load_state_dict(self, *args, **options):
-        self.refresh()  # assign=True replaces parameters
-        return super().load_state_dict(*args, **options)
-
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        replica._runtime = _Runtime()  # its tensors are copies on another device, made anew for every call
+        replica._runtime, replica.graph_limit = _Runtime(), 0  # its weights are copies, made anew for every call
         return replica
 
     def forward(self, views: Tensor) -> SDROutput:
-        """Score clips; arguments, result and errors are those of :meth:`sdr.model.SDRModel.forward`."""
+        """Score clips; arguments, result and errors are those of :meth:`sdr.model.SDRModel.forward`.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and no call before has packed the weights as they are.
+        """
         kind = views.device.type
+        if kind not in ("cpu", "cuda"):
+            return super().forward(views)
         if self.training or wants_gradient(self, views):
             self._runtime.explain_reference(training=self.training)
-            return super().forward(views)
-        if kind not in ("cpu", "cuda"):
             return super().forward(views)
         self.check_views(views)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.trfi.joint_head.weight.dtype
         # plain tensors, not those of an inference mode: packed weights and graphs serve later calls too
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
-            if views.dtype != torch.uint8:
-                views = normalise(views).to(dtype)
-            packed, graphs = self._runtime.packed(self, dtype)
-            small = len(views) * self.config.num_branches <= self.graph_limit
-            if kind == "cuda" and small and not torch.cuda.is_current_stream_capturing():
-                return SDROutput(*graphs(views))
-            return packed(views)
+        plain, float_types = torch.inference_mode(False), torch.autocast(kind, enabled=False)
+        with plain, float_types, torch.no_grad(), torch.cuda.device_of(views):
+            output = self._run(views if views.dtype == torch.uint8 else normalise(views).to(dtype), dtype)
+        if output is None:
+            self._runtime.explain_reference(training=True)
+            return super().forward(views)
+        return output
+
+    def _run(self, views: Tensor, dtype: torch.dtype) -> SDROutput | None:
+        """views: uint8, or normalised and of ``dtype``; None where a part of the model is in training."""
+        capturing = views.is_cuda and torch.cuda.is_current_stream_capturing()
+        replays = views.is_cuda and not capturing and 0 < len(views) * self.config.num_branches <= self.graph_limit
+        snapshot = self._runtime.snapshot
+        packed = snapshot and snapshot.packed.get(dtype)
+        # the device works while the host looks whether the weights are still those that were packed
+        output = packed.graphs(views) if packed and replays else None
+        fits = snapshot is not None and snapshot.fits()
+        if capturing and not (fits and packed):
+            raise RuntimeError("the model must have been called with these weights, in this dtype, before its capture")
+        if not fits:
+            output, snapshot = None, self._runtime.renew(self)
+        if snapshot.in_training:
+            return None
+        if output is None:
+            packed = snapshot.pack(self, dtype)
+            output = packed.graphs(views) if replays else packed.model(views)
+        return SDROutput(*output)
+
+
+class _Packed(NamedTuple):
+    model: PackedModel
+    graphs: GraphCache
+
+
+class _Snapshot:
+    """The tensors and modules of a model as they were when it was packed, and what was packed of them."""
+
+    def __init__(self, model: SDRModel) -> None:
+        modules = list(model.modules())
+        self.packed: dict[torch.dtype, _Packed] = {}
+        self.in_training = any(module.training for module in modules)
+        self._lock = threading.Lock()
+        self._modules = modules
+        self._holders = [held for m in modules for held in (m._parameters, m._buffers, m._modules) if held]
+        self._held = self._now_held()
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._storages = [tensor.detach() for tensor in self._tensors]  # alive, or another could take their addresses
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]  # these have no versions
+        self._state = self._now()
+
+    def _now_held(self) -> list[Tensor | nn.Module | None]:
+        return [value for holder in self._holders for value in holder.values()]
+
+    def _now(self) -> tuple[int, list[int], list[bool]]:
+        # versions only grow, so their sum changes when any does; batch norms bump num_batches_tracked's
+        version = sum(map(attrgetter("_version"), self._counted))
+        return version, [t.data_ptr() for t in self._tensors], [m.training for m in self._modules]
+
+    def fits(self) -> bool:
+        """Nothing has been written to, replaced, moved or switched between training and evaluation."""
+        held = self._now_held()
+        same = len(held) == len(self._held) and all(map(operator.is_, held, self._held))
+        return same and self._now() == self._state
+
+    def pack(self, model: SDRModel, dtype: torch.dtype) -> _Packed:
+        """The weights in one dtype, packed at the first call."""
+        with self._lock:
+            if dtype not in self.packed:
+                packed = PackedModel(model, dtype)
+                if self._storages[0].is_cuda:
+                    torch.cuda.current_stream().synchronize()  # other streams may use the weights at once
+                self.packed[dtype] = _Packed(packed, GraphCache(packed))
+            return self.packed[dtype]
+
+    def finish(self) -> None:
+        """Wait for whatever uses the packed weights: they are about to be freed."""
+        if self.packed and self._storages[0].is_cuda:
+            torch.cuda.synchronize(self._storages[0].device)
 
 
 class _Runtime:
     """What a fast model keeps beside its weights; a copy or an unpickled model starts with an empty one."""
 
     def __init__(self) -> None:
+        self.snapshot: _Snapshot | None = None
         self._lock = threading.Lock()
-        self._tensors: list[Tensor] | None = None
-        self._stamp = -1
-        self._packed: dict[torch.dtype, tuple[PackedModel, GraphCache]] = {}
         self._explained: set[bool] = set()
 
     def __reduce__(self):
         return _Runtime, ()
 
-    def packed(self, model: SDRModel, dtype: torch.dtype) -> tuple[PackedModel, GraphCache]:
-        """The packed weights and their graphs, made anew if a parameter or buffer has changed since."""
+    def renew(self, model: SDRModel) -> _Snapshot:
+        """A snapshot of the model as it is now."""
         with self._lock:
-            if self._tensors is None:
-                tensors = chain(model.parameters(), model.buffers())
-                self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]  # these count no versions
-            # versions only grow, so their sum changes when any does; batch norms bump num_batches_tracked's
-            stamp = sum(map(attrgetter("_version"), self._tensors))
-            if stamp != self._stamp:
+            if self.snapshot is None or not self.snapshot.fits():
                 self.finish()
-                self._packed, self._stamp = {}, stamp
-            if dtype not in self._packed:
-                packed = PackedModel(model, dtype)
-                if model.trfi.joint_head.weight.is_cuda and not torch.cuda.is_current_stream_capturing():
-                    torch.cuda.current_stream().synchronize()  # other streams may use the weights at once
-                self._packed[dtype] = packed, GraphCache(packed)
-            return self._packed[dtype]
+                self.snapshot = _Snapshot(model)
+            return self.snapshot
 
     def finish(self) -> None:
-        """Wait for replays: what they use is about to be freed."""
-        for _, graphs in self._packed.values():
-            graphs.synchronize()
+        if self.snapshot is not None:
+            self.snapshot.finish()
 
     def explain_reference(self, *, training: bool) -> None:
         """Log once why the reference runs."""
@@ -143,6 +199,6 @@ def wants_gradient(model: nn.Module, x: Tensor) -> bool:
 def accelerate(model: FTCN | reference.SDRModel) -> SDRModel:
     """A fast model with a copy of these weights; an FTCN becomes the SDRModel of one branch, with the same logits."""
     if isinstance(model, FTCN):
-        device = next(model.parameters()).device
-        model = sdr_from_ftcn(model, num_branches=1).to(device)
+        parameter = next(model.parameters())
+        model = sdr_from_ftcn(model, num_branches=1).to(parameter.device, parameter.dtype)
     return model if isinstance(model, SDRModel) else SDRModel.from_reference(model)

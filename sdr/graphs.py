@@ -34,6 +34,7 @@ class GraphCache:
         self._lock = threading.Lock()
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()  # least recently used first
         self._done: torch.cuda.Event | None = None
+        self._pool = self._stream = None  # of all captures; replays take turns, so they may share memory
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """``function(x)``, replayed."""
@@ -47,24 +48,29 @@ class GraphCache:
             self._graphs.move_to_end(key)
             graph, static, outputs = self._graphs[key]
             static.copy_(x)
-            graph.replay()
-            results = tuple(output.clone() for output in outputs)
-            self._done = stream.record_event()
-            return results
+            try:
+                graph.replay()
+                return tuple(output.clone() for output in outputs)
+            finally:  # the next call waits for the replay even where there was no memory for the copies
+                self._done = stream.record_event()
 
     def _capture(self, key: tuple, x: Tensor) -> None:
         if len(self._graphs) == MAX_GRAPHS:
             self.synchronize()
             self._graphs.popitem(last=False)
-        static = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        if self._pool is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        static = torch.empty_like(x).copy_(x)  # dense, whatever x is
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self.function(static)  # kernels are compiled and loaded before the capture, which forbids both
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do on their streams does not end this capture
-        with _one_capture, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _one_capture,
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             outputs = self.function(static)
         self._graphs[key] = _Graph(graph, static, outputs)
 

@@ -1,6 +1,7 @@
 """A model's weights as the kernels take them, batch norms folded and branches stacked, and the pass through them."""
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from sdr.transformer import TemporalTransformer
 from sdr.trfi import TRFI
 from sdr_kernels import FoldedConv, norm_linear, spatial_mean, temporal_bottleneck, temporal_stem, token_attention
 
+CPU_SLAB = 8  # rows of the stem's map; no pool of the later stages crosses a multiple of 8
+
 
 class PackedBlock(NamedTuple):
     """A bottleneck of all branches as :func:`sdr_kernels.temporal_bottleneck` takes it."""
@@ -23,6 +26,15 @@ class PackedBlock(NamedTuple):
     branch1: FoldedConv | None
     pool: bool
     time_pool: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [B, V, C, T, H, W]."""
+        return temporal_bottleneck(x, *self[:4], pool=self.pool, time_pool=self.time_pool)
+
+    def branch(self, v: int) -> "PackedBlock":
+        """Branch v alone."""
+        convs = (None if conv is None else FoldedConv(*(tensor[v : v + 1] for tensor in conv)) for conv in self[:4])
+        return PackedBlock(*convs, self.pool, self.time_pool)
 
 
 class PackedBackbones(NamedTuple):
@@ -36,12 +48,9 @@ def fold(convs: Sequence[nn.Conv3d], norms: Sequence[nn.BatchNorm3d], dtype: tor
     """A layer of V branches, stacked, and its batch norm in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     weight = torch.stack([conv.weight[..., 0, 0] for conv in convs]).to(dtype)  # [V, C_out, C_in, k]
-    gamma, beta, mean, var = (
-        torch.stack([getattr(norm, name) for norm in norms]).to(wide)
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gamma * (var + norms[0].eps).rsqrt()
-    return FoldedConv(weight, scale, beta - mean * scale)
+    scales = [n.weight.to(wide) * (n.running_var.to(wide) + n.eps).rsqrt() for n in norms]
+    shifts = [n.bias.to(wide) - n.running_mean.to(wide) * scale for n, scale in zip(norms, scales, strict=True)]
+    return FoldedConv(weight, torch.stack(scales), torch.stack(shifts))
 
 
 def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: bool) -> PackedBlock:
@@ -74,12 +83,32 @@ def backbone_tokens(views: Tensor, packed: PackedBackbones) -> Tensor:
     """views: [B, V, 3, T, H, W], or [B, 3, T, H, W] for all branches, to tokens, [B, V, N, C]."""
     normalise = (IMAGENET_MEAN, IMAGENET_STD) if views.dtype == torch.uint8 else None
     x = temporal_stem(views, *packed.stem, normalise=normalise)
-    for block in packed.blocks:
-        x = temporal_bottleneck(x, block.a, block.b, block.c, block.branch1, pool=block.pool, time_pool=block.time_pool)
+    if x.device.type == "cpu" and len(x) > 0:
+        x = run_in_slabs(x, packed.blocks)
+    else:
+        for block in packed.blocks:
+            x = block(x)
     return spatial_mean(x)
 
 
-class Linear(NamedTuple):
+def run_in_slabs(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
+    """The stem's output, [B, V, C, T, H, W], through all blocks, some rows of one clip and branch at a time.
+
+    Positions only meet in pools, so slabs are networks of their own. What lies between two blocks is 15 MB at full
+    width: it stays in the cache and in memory that is used again, where larger tensors would get new pages each time.
+    """
+    branches = []
+    for v in range(x.shape[1]):
+        own = [block.branch(v) for block in blocks]
+        clips = []
+        for clip in x[:, v : v + 1].split(1):
+            slabs = [reduce(lambda y, block: block(y), own, slab) for slab in clip.split(CPU_SLAB, dim=-2)]
+            clips.append(torch.cat(slabs, dim=-2))
+        branches.append(torch.cat(clips))
+    return torch.cat(branches, dim=1)
+
+
+class PackedLinear(NamedTuple):
     """Arguments of :func:`sdr_kernels.norm_linear` that stem from weights: ``norm`` is (gamma, beta, eps)."""
 
     weight: Tensor
@@ -90,12 +119,12 @@ class Linear(NamedTuple):
         return norm_linear(x, self.weight, self.bias, norm=self.norm, activation=activation, residual=residual)
 
 
-def pack_linear(linear: nn.Linear, dtype: torch.dtype, norm: nn.LayerNorm | None = None) -> Linear:
+def pack_linear(linear: nn.Linear, dtype: torch.dtype, norm: nn.LayerNorm | None = None) -> PackedLinear:
     """A linear layer and the layer norm before it."""
     wide = torch.promote_types(dtype, torch.float32)
     bias = None if linear.bias is None else linear.bias.to(wide)
     affine = None if norm is None else (norm.weight.to(wide), norm.bias.to(wide), norm.eps)
-    return Linear(linear.weight.to(dtype), bias, affine)
+    return PackedLinear(linear.weight.to(dtype), bias, affine)
 
 
 class PackedTRFI:
@@ -105,13 +134,13 @@ class PackedTRFI:
         self.joint_feature = trfi.joint_feature
         layers = trfi.proj if isinstance(trfi.proj, nn.Sequential) else [trfi.proj]
         self.proj = [pack_linear(layer, dtype) for layer in layers if isinstance(layer, nn.Linear)]
-        V = len(trfi.loo_heads)
         weights, biases = [trfi.joint_head.weight], [trfi.joint_head.bias]
         for v, head in enumerate(trfi.loo_heads):
-            before, after = head.weight.split((v * (C := head.in_features // (V - 1)), (V - 1 - v) * C), dim=1)
+            C = trfi.joint_head.in_features - head.in_features  # the view left out
+            before, after = head.weight.tensor_split([v * C], dim=1)
             weights.append(torch.cat([before, before.new_zeros(2, C), after], 1))
             biases.append(head.bias)
-        self.heads = Linear(
+        self.heads = PackedLinear(
             torch.cat(weights).to(dtype), torch.cat(biases).to(torch.promote_types(dtype, torch.float32))
         )
 
@@ -133,10 +162,10 @@ class PackedTRFI:
 class PackedLayer(NamedTuple):
     """A pre-norm layer of the temporal transformer."""
 
-    qkv: Linear
-    proj: Linear
-    mlp_in: Linear
-    mlp_out: Linear
+    qkv: PackedLinear
+    proj: PackedLinear
+    mlp_in: PackedLinear
+    mlp_out: PackedLinear
 
 
 class PackedTransformer:

@@ -4,6 +4,7 @@ An op's module holds its reference, its schemas and its public function; ``_trit
 launchers of the same names, imported when the op first runs, so that schemas exist without Triton.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -17,6 +18,7 @@ IMPLS = ("auto", "reference", "cpu", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # older GPUs have no bf16 tensor cores: Triton compiles the products to scalar code
 
+logger = logging.getLogger(__name__)
 library = torch.library.Library("sdr_kernels", "DEF")
 
 
@@ -57,6 +59,13 @@ why_not_triton._dynamo_marked_constant = True
 
 @cache
 def _why_not_triton(device: torch.device) -> str:
+    problem = _triton_problem(device)
+    if problem and device.type == "cuda":
+        logger.warning("Triton kernels do not run on %s, so plain torch does: %s", device, problem)
+    return problem
+
+
+def _triton_problem(device: torch.device) -> str:
     if find_spec("triton") is None:
         return "triton is not installed"
     if interpreted():
@@ -85,8 +94,11 @@ def select_impl(impl: str, x: Tensor, *, has_cpu: bool = False, unfit: str = "",
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    triton_problem = why_not_triton(x.device) or unfit or no_tile
-    cpu_problem = unfit if has_cpu and x.device.type == "cpu" else "it needs CPU tensors and an op that has it"
+    triton_problem = unfit or no_tile or why_not_triton(x.device)
+    if not has_cpu:
+        cpu_problem = "this op has no implementation of its own for CPU tensors"
+    else:
+        cpu_problem = unfit if x.device.type == "cpu" else f"it needs CPU tensors, got {x.device}"
     if impl == "auto":
         if x.device.type == "cuda" and not triton_problem:
             return "triton"

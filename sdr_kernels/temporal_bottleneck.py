@@ -74,8 +74,8 @@ def temporal_bottleneck(
 ) -> Tensor:
     """One bottleneck of every branch and clip: a, b, c and the shortcut, each with its batch norm; for inference.
 
-    ``relu(c(relu(pool(b(relu(a(x)))))) + pool(branch1(x)))``, then the pool over time. Only a sees time, so each row of
-    b and c is a product of its own and no intermediate leaves the chip (FTCN, ICCV 2021).
+    ``relu(c(relu(pool(b(relu(a(x)))))) + pool(branch1(x)))``, then the pool over time (FTCN, ICCV 2021). Only a sees
+    time: a row of b and c needs no other, so the kernel goes from x to the result tile by tile.
 
     Args:
         x: [B, V, C_in, T, H, W], float32, float16 or bfloat16; fastest where channels are innermost in memory.
@@ -96,8 +96,8 @@ def temporal_bottleneck(
         TypeError: a dtype is wrong.
         RuntimeError: the named implementation cannot run here, or a gradient is asked of it.
     """
-    a, b, c = FoldedConv(*a), FoldedConv(*b), FoldedConv(*c)
-    branch1 = None if branch1 is None else FoldedConv(*branch1)
+    a, b, c = folded("a", a), folded("b", b), folded("c", c)
+    branch1 = None if branch1 is None else folded("branch1", branch1)
     check_bottleneck(x, a, b, c, branch1, pool=pool, time_pool=time_pool)
     shortcut = (None, None, None) if branch1 is None else branch1
     tensors = (x, *a, *b, *c, *shortcut)
@@ -108,6 +108,13 @@ def temporal_bottleneck(
     if impl == "reference":
         return temporal_bottleneck_reference(x, a, b, c, branch1, pool, time_pool)
     return _fwd(*tensors, pool, time_pool, impl)
+
+
+def folded(name: str, layer: tuple[Tensor, Tensor, Tensor]) -> FoldedConv:
+    """The layer by names; ValueError unless it is a triple."""
+    if len(layer) != 3:
+        raise ValueError(f"{name} must be (weight, scale, shift), got {len(layer)} values")
+    return FoldedConv(*layer)
 
 
 def check_bottleneck(

@@ -72,12 +72,12 @@ class _TemporalConv3d(torch.autograd.Function):
     def backward(ctx, dout):
         x, weight, scale, out = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dz = dout if out is None else dout * (out > 0)
+        dz = dout if out is None else torch.ops.aten.threshold_backward(dout, out, 0)  # NaN and Inf as ReLU's own
         dx = dweight = dscale = dshift = None
         if needs[0]:
-            # a convolution with the taps reversed and the channels exchanged; the scale goes into the weights
-            w = weight if scale is None else (weight * scale[..., None, None]).to(weight.dtype)
-            dx = _fwd(dz, w.transpose(1, 2).flip(-1), None, None, None, False, ctx.impl)
+            # a convolution with the taps reversed and the channels exchanged
+            dconv = dz if scale is None else (dz * scale[..., None, None, None]).to(dz.dtype)
+            dx = _fwd(dconv, weight.transpose(1, 2).flip(-1), None, None, None, False, ctx.impl)
         if needs[1] or needs[2]:
             dw = _dweight(x, dz, weight.shape[-1], ctx.impl)  # of the convolution without its scale, float32
             # sum over rows of dz * conv(x, w) is the inner product of w with its own gradient

@@ -34,7 +34,8 @@ def cuda(monkeypatch):
             self.run()
 
     @contextmanager
-    def capture(graph, stream, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
+        assert pool == "pool"
         assert capture_error_mode == "thread_local"
         log.append("capture")
         yield
@@ -46,6 +47,7 @@ def cuda(monkeypatch):
         "Stream": Stream,
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": Graph,
+        "graph_pool_handle": lambda: "pool",
         "graph": capture,
     }.items():
         monkeypatch.setattr(graphs.torch.cuda, name, value)
@@ -118,6 +120,24 @@ def test_the_least_used_graph_goes_after_its_work_is_done(cuda):
     cache(torch.ones(MAX_GRAPHS + 1))
     assert cuda.count("synchronize") == 1
     assert [key[0][0] for key in cache._graphs] == [*range(3, MAX_GRAPHS + 1), 1, MAX_GRAPHS + 1]  # 2 is gone
+
+
+def test_an_expanded_input_is_captured_dense(cuda):
+    cache = make_cache(cuda)
+    x = torch.ones(2, 1).expand(2, 3)
+    assert cache(x)[0].tolist() == [[2] * 3] * 2
+    assert [graph.x.stride() for graph in cache._graphs.values()] == [(3, 1)]
+
+
+def test_the_next_call_waits_even_where_copies_failed(cuda, monkeypatch):
+    cache = make_cache(cuda)
+    cache(torch.ones(2))
+    before = cache._done
+    (graph,) = cache._graphs.values()
+    cache._graphs[next(iter(cache._graphs))] = graph._replace(outputs=(None,))
+    with pytest.raises(AttributeError):
+        cache(torch.ones(2))
+    assert cache._done is not before
 
 
 @needs_gpu

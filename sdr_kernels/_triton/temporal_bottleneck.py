@@ -35,16 +35,14 @@ def input_rows(out_rows, frame, corner, size, POOL: tl.constexpr, TIME_POOL: tl.
         return out_rows
     _, H, W, _, _, _, _ = size
     out_W = W // 2 if POOL else W
-    out_frame = (tl.cast(H // 2 if POOL else H, tl.int64) * out_W).to(tl.int32)
-    # divisions of 64 bits are slow, and a clip has fewer than 2**31 rows
-    t = (out_rows.to(tl.int32) // out_frame).to(tl.int64)
-    position = out_rows.to(tl.int32) % out_frame
+    out_frame = (H // 2 if POOL else H) * out_W
+    t = out_rows // out_frame
+    position = out_rows % out_frame
     if TIME_POOL:
         t = 2 * t + frame
     if POOL:
-        h = (position // out_W).to(tl.int64)
-        w = (position % out_W).to(tl.int64)
-        return (t * H + 2 * h + corner // 2) * W + 2 * w + corner % 2
+        h = 2 * (position // out_W) + corner // 2
+        return (t * H + h) * W + 2 * (position % out_W) + corner % 2
     else:
         return t * H * W + position
 
@@ -71,27 +69,19 @@ def inner_chained(
         rows = input_rows(out_rows, frame, corner, size, POOL, TIME_POOL)
         acc = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         acc = add_product(
-            acc,
-            x_ptr,
-            rows,
-            row_mask,
-            T * H * W,
-            tl.cast(H, tl.int64) * W,
-            a[0],
-            columns,
-            c_in,
-            C_IN,
-            INNER,
-            KERNEL,
-            BLOCK_I,
-            BLOCK_K,
-        )
+            acc, x_ptr, rows, row_mask, T * H * W, H * W,
+            a[0], columns, c_in, C_IN, INNER, KERNEL, BLOCK_I, BLOCK_K,
+        )  # fmt: skip
         acc = relu(affine(acc, a, columns, INNER))
+        if INNER != BLOCK_I:  # columns of padding: an Inf of x is NaN there, and would spread in the next product
+            acc = tl.where((columns < INNER)[None, :], acc, 0.0)
         weight = tl.load(b[0] + (columns[:, None] * INNER + columns[None, :]), mask=mask, other=0.0)
         acc = affine(tl.dot(acc.to(dtype), weight, input_precision="ieee"), b, columns, INNER)
         pooled = tl.maximum(pooled, acc, propagate_nan=tl.PropagateNan.ALL)
         if POOL:
             tl.debug_barrier()
+    if INNER != BLOCK_I:
+        pooled = tl.where((columns < INNER)[None, :], pooled, 0.0)
     return relu(pooled).to(dtype)
 
 
@@ -111,21 +101,9 @@ def inner_to_scratch(
             columns = start + tl.arange(0, BLOCK_I).to(tl.int64)
             acc = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
             acc = add_product(
-                acc,
-                x_ptr,
-                rows,
-                row_mask,
-                T * H * W,
-                tl.cast(H, tl.int64) * W,
-                a[0],
-                columns,
-                c_in,
-                C_IN,
-                INNER,
-                KERNEL,
-                BLOCK_I,
-                BLOCK_K,
-            )
+                acc, x_ptr, rows, row_mask, T * H * W, H * W,
+                a[0], columns, c_in, C_IN, INNER, KERNEL, BLOCK_I, BLOCK_K,
+            )  # fmt: skip
             acc = relu(affine(acc, a, columns, INNER)).to(dtype)
             tl.store(scratch_a + (local[:, None] * INNER + columns[None, :]), acc, mask=(columns < INNER)[None, :])
         tl.debug_barrier()  # b reads what other threads wrote of a
@@ -282,7 +260,7 @@ def _temporal_bottleneck_fwd_kernel(
     POOL: tl.constexpr, TIME_POOL: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    size = (tl.cast(T, tl.int64), H, W, corners, c_in, inner, c_out)
+    size = (tl.cast(T, tl.int64), tl.cast(H, tl.int64), tl.cast(W, tl.int64), corners, c_in, inner, c_out)
     a, b, c = (a_ptr, a_scale, a_shift), (b_ptr, b_scale, b_shift), (c_ptr, c_scale, c_shift)
     branch1 = (w1_ptr, w1_scale, w1_shift)
     program = tl.program_id(0).to(tl.int64)
@@ -326,9 +304,9 @@ def temporal_bottleneck_fwd(
     tiles = triton.cdiv(rows // (B * V), tile["BLOCK_M"]) * B * V
     programs = tiles if chained else min(tiles, per_processor * num_processors(x.device))
     scratch = out if chained else x.new_empty((programs, time, 2, tile["BLOCK_M"], inner))
-    # without a branch1 x stands in for it: addresses are formed but never read
-    shortcut = (x, a_scale, a_shift) if branch1 is None else (pack(branch1), branch1_scale, branch1_shift)
-    layers = ((pack(a), a_scale, a_shift), (pack(b), b_scale, b_shift), (pack(c), c_scale, c_shift), shortcut)
+    layers = [(pack(a), a_scale, a_shift), (pack(b), b_scale, b_shift), (pack(c), c_scale, c_shift)]
+    # without a branch1 a stands in for it: addresses are formed but never read
+    layers.append(layers[0] if branch1 is None else (pack(branch1), branch1_scale, branch1_shift))
     with torch.cuda.device_of(x):
         _temporal_bottleneck_fwd_kernel[(programs,)](
             rows_of(x), *(tensor.contiguous() for layer in layers for tensor in layer), scratch, out,
