@@ -2,7 +2,8 @@
 
 ``python -m sdr_kernels.audit`` prints a table of registers, spills, shared memory and instructions, and ends with 1
 where a rule is broken: a spill, more shared memory than the architecture has, a matrix kernel in half precision
-without tensor-core instructions, a pointer offset that is not computed in 64 bits, a shape class that no case compiles.
+without tensor-core instructions, a pointer offset that is not computed in 64 bits, a maximum that drops NaN, a float32
+product rounded to TF32, a shape class that no case compiles.
 """
 
 import argparse
@@ -135,7 +136,7 @@ def judge(kernel, case: AuditCase, job: Job, shape_class: str, tile: Tile) -> Ro
     loads = re.findall(r"\b(?:ld\.global|cp\.async\.bulk\.tensor|cp\.async\.c[ag])\.[^;]*", kernel.asm["ptx"])
     wide = [load for load in loads if re.search(r"\.v4\.b32|\.v2\.b64|\.bulk|, 0x10\b", load)]
     shared = kernel.metadata.shared
-    broken = narrow_offsets(kernel.asm["ttir"])
+    broken = narrow_offsets(kernel.asm["ttir"]) + lost_values(kernel.asm["ttir"])
     if stack or local:
         broken.append(f"spills: {stack} bytes of stack, {local} of local memory")
     if shared > SHARED_MEMORY[job.arch]:
@@ -147,6 +148,17 @@ def judge(kernel, case: AuditCase, job: Job, shape_class: str, tile: Tile) -> Ro
         job.arch, shape_class, kernel.metadata.name, case.name, dtype, tile,
         registers, stack, local, shared, tensor_core, len(loads), len(wide), broken,
     )  # fmt: skip
+
+
+def lost_values(ttir: str) -> list[str]:
+    """What the interpreter cannot tell, since NumPy does neither: maxima that drop NaN, products rounded to TF32."""
+    broken = []
+    # inside a reduction, on scalars, Triton has no other
+    if re.search(r"arith\.maxnumf [^\n]*: tensor<", ttir):
+        broken.append("a maximum drops NaN")
+    if re.search(r"tt\.dot [^\n]*inputPrecision = tf32[^\n]*: tensor<\w*xf32> \*", ttir):
+        broken.append("a float32 product is rounded to TF32")
+    return broken
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:

@@ -52,3 +52,12 @@ def assert_matches_reference(function: Callable, reference: Callable, inputs: Se
         error, allowed = ((r.double()[finite] - truth).abs().max() for r in (value, ours))
         limit = 2 * (allowed + torch.finfo(value.dtype).eps * truth.abs().max())
         assert error <= limit, f"result {i}: error {error:.3e}, the reference's {allowed:.3e}, limit {limit:.3e}"
+
+
+# the same values, [B, V, C, T, H, W], in other orders of memory
+LAYOUTS = {
+    "channels last": lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2),
+    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "sliced": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}

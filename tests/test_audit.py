@@ -10,7 +10,7 @@ import pytest
 
 from sdr_kernels._offsets import narrow_offsets
 from sdr_kernels._tiles import load_tiles
-from sdr_kernels.audit import Job, Row, run_jobs, table, uncovered_classes
+from sdr_kernels.audit import Job, Row, lost_values, run_jobs, table, uncovered_classes
 
 TABLE = Path(__file__).parents[1] / "bench" / "results" / "audit_sm80_sm90.json"
 FAULTS = {
@@ -18,6 +18,7 @@ FAULTS = {
     "widened too late": "offset may overflow: %start",
     "summed in a loop": "offset may overflow: %start",
     "scalar product": "no tensor-core instruction",
+    "no NaN": "a maximum drops NaN",
     "spill": "spills",
     "shared memory": "bytes of shared memory, sm_80 has 101376",
     "no such option": "does not compile: KeyError",
@@ -100,6 +101,19 @@ PROGRAM = """    %g = tt.get_program_id x : i32 loc(#loc)
 )
 def test_offsets_are_followed(body, found):
     assert narrow_offsets(function(body)) == ([f"offset may overflow: {found}"] if found else [])
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "found"),
+    [
+        (", inputPrecision = tf32", "f32", ["a float32 product is rounded to TF32"]),
+        (", inputPrecision = tf32", "bf16", []),
+        ("", "f32", []),
+    ],
+)
+def test_products_in_tf32_are_found(precision, dtype, found):
+    kinds = f"tensor<64x16x{dtype}> * tensor<16x64x{dtype}> -> tensor<64x64xf32>"
+    assert lost_values(f"    %d = tt.dot %x, %w, %acc{precision} : {kinds} loc(#loc)") == found
 
 
 def test_offset_of_32_bits_needs_bounds():

@@ -172,27 +172,58 @@ def bn_of(model):
     return model.branches[1].res3[0].b_bn
 
 
+def replace_parameter(model, other):
+    norm = bn_of(model)
+    norm.weight = nn.Parameter(-norm.weight)
+
+
 CHANGES = {
     "a parameter": lambda model, other: bn_of(model).weight.mul_(-1),
     "a buffer": lambda model, other: bn_of(model).running_var.mul_(3),
+    "another parameter": replace_parameter,
+    "another module": lambda model, other: setattr(model.branches[1], "res3", other.branches[1].res3),
     "load_state_dict": lambda model, other: model.load_state_dict(other.state_dict()),
     "load_state_dict(assign)": lambda model, other: model.load_state_dict(other.state_dict(), assign=True),
+    "branches (assign)": lambda model, other: model.branches.load_state_dict(other.branches.state_dict(), assign=True),
     "to(dtype) and back": lambda model, other: model.to(torch.bfloat16).to(torch.float32),
+    "a branch's to(dtype) and back": lambda model, other: model.branches.to(torch.bfloat16).to(torch.float32),
     "through .data, then refresh": lambda model, other: (bn_of(model).weight.data.mul_(-1), model.refresh()),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_packed_weights_follow_a_change(change):
-    model = random_model(CONFIGS["tiny"])
+def test_packed_weights_follow_a_change(change, device):
+    model = random_model(CONFIGS["tiny"], device)
     fast = SDRModel.from_reference(model)
-    views = random_views(model.config)
+    views = random_views(model.config, batch=4, device=device)  # few enough for a CUDA graph
     with torch.no_grad():
         before = fast(views).tokens
-        CHANGES[change](fast, random_model(CONFIGS["tiny"]))
+        CHANGES[change](fast, random_model(CONFIGS["tiny"], device))
         assert not torch.equal(fast(views).tokens, before)
     model.load_state_dict(fast.state_dict())
     assert_equals_reference(fast, model, views)
+
+
+def test_functional_call_uses_its_own_weights(device):
+    model, other = (random_model(CONFIGS["tiny"], device) for _ in range(2))
+    fast = SDRModel.from_reference(model)
+    views = random_views(model.config, batch=4, device=device)
+    with torch.inference_mode():
+        fast(views)
+        replaced = torch.func.functional_call(fast, other.state_dict(), (views,)).tokens
+        torch.testing.assert_close(replaced, other(views).tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast(views).tokens, model(views).tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_a_part_in_training_runs_the_reference(device):
+    model = random_model(CONFIGS["tiny"], device)
+    fast = SDRModel.from_reference(model)
+    views = random_views(model.config, batch=4, device=device)
+    with torch.inference_mode():
+        fast(views)
+        for m in (fast, model):
+            m.branches[0].train()
+        assert torch.equal(fast(views).tokens, model(views).tokens)
 
 
 def test_packed_weights_follow_training():

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from compare import assert_matches_reference
+from compare import LAYOUTS, assert_matches_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdr.ftcn import Bottleneck
 from sdr.packing import pack_blocks
@@ -51,20 +52,14 @@ def test_matches_reference(shape, dtype, device):
     assert_right(shape, make_inputs(shape, dtype, device))
 
 
-MEMORY = {
-    "channels last": lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2),
-    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "sliced": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-}
 BRANCH1_POOL = (2, 2, 20, 8, 24, 3, 2, 5, 4, "branch1 pool")
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-def test_any_memory_layout(memory, dtype, device):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_memory_layout(layout, dtype, device):
     x, *layers = make_inputs(BRANCH1_POOL, dtype, device)
     layers = [tensor.repeat_interleave(2, 0)[::2] for tensor in layers]
-    assert_right(BRANCH1_POOL, [MEMORY[memory](x), *layers])
+    assert_right(BRANCH1_POOL, [LAYOUTS[layout](x), *layers])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of numpy
@@ -76,6 +71,34 @@ def test_nan_and_infinity_stay_where_they_belong(inner, flags, dtype, device):
     x[0, 0, 3, 1, 1, 1] = float("nan")
     x[0, 1, 0, 4, 0, 2] = float("inf")
     assert_right(shape, [x, *layers])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_infinity_beside_padding_stays_infinite(impl, device):
+    unit = (torch.ones(1, 1, 1, 1, device=device), torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device))
+    x = torch.tensor([1.0, float("inf")], device=device).view(1, 1, 1, 1, 1, 2)
+    assert temporal_bottleneck(x, unit, unit, unit, impl=impl).flatten().tolist() == [2, float("inf")]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 32, 8, 32, 3, 2, 2, 2, ""), BRANCH1_POOL], ids=str)
+def test_nothing_is_copied_where_memory_is_in_order(shape, device):
+    x, *layers = make_inputs(shape, torch.float32, device)
+    x = LAYOUTS["channels last"](x)
+    layers = [t.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1) if t.ndim == 4 else t for t in layers]
+    with Copies() as copies:
+        run(shape[-1], x, *layers, impl="triton")
+    assert copies.count == 0
 
 
 def model_block(pool, C_in, inner, seed):
@@ -180,6 +203,7 @@ WIDE = [tuple(torch.zeros(2, *size) for size in sizes) for sizes in (
         ({"a": (A[0].half(), S, S)}, TypeError, "a's weight must have x's dtype, torch.float32, got torch.float16"),
         ({"a": (A[0], S.double(), S)}, TypeError, "a's scale must be torch.float32 for x of torch.float32"),
         ({"c": (C[0].to("meta"), *C[1:])}, ValueError, "c's weight must have x's device, cpu, got meta"),
+        ({"b": (B[0], S)}, ValueError, r"b must be \(weight, scale, shift\), got 2 values"),
         ({"c": B}, ValueError, "branch1 must be given .* got 8, 2, pool=False"),
         ({"pool": True}, ValueError, "branch1 must be given with a pool"),
         (

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from compare import assert_matches_reference
+from compare import LAYOUTS, assert_matches_reference
 
 from sdr_kernels import temporal_conv3d
 from sdr_kernels.temporal_conv3d import temporal_conv3d_reference
@@ -53,18 +53,10 @@ def test_epilogue_matches_reference(shape, relu, dtype, device):
     assert_matches_reference(partial(TRITON, relu=relu), partial(REFERENCE, relu=relu), inputs)
 
 
-MEMORY = {
-    "channels last": lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2),
-    "transposed": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "sliced": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-}
-
-
-@pytest.mark.parametrize("memory", MEMORY)
-def test_any_memory_layout(memory, dtype, device):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_memory_layout(layout, dtype, device):
     x, *rest = make_inputs((2, 2, 17, 20, 3, 4, 3, 5), dtype, device)
-    assert_matches_reference(TRITON, REFERENCE, [MEMORY[memory](x), *rest])
+    assert_matches_reference(TRITON, REFERENCE, [LAYOUTS[layout](x), *rest])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of numpy
@@ -74,6 +66,23 @@ def test_nan_and_infinity_stay_where_they_belong(dtype, device):
     x[0, 1, 0, 4, 0, 2] = float("inf")
     relu = {"relu": True}
     assert_matches_reference(partial(TRITON, **relu), partial(REFERENCE, **relu), [x, weight, *rest])
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+def test_gradients_keep_the_range_of_the_reference(device):
+    """A scale that float16 does not hold times weights is applied to the gradient, as the reference does."""
+    x, weight, scale, shift, _ = make_inputs((1, 1, 16, 16, 3, 2, 2, 2), torch.float16, device, grad=True)
+    scale = torch.full_like(scale, 1e-5).requires_grad_()
+    assert_matches_reference(TRITON, REFERENCE, [x, weight, scale, shift])
+
+
+def test_relu_passes_gradients_as_torch_does(device):
+    x = torch.tensor([-1.0, 0.0, 2.0, float("nan")], device=device).view(1, 1, 1, 4, 1, 1).requires_grad_()
+    weight = torch.ones(1, 1, 1, 1, device=device)
+    dout = torch.tensor([1.0, float("inf"), 3.0, 4.0], device=device).view_as(x)
+    for impl in ("reference", "triton"):
+        (dx,) = torch.autograd.grad(temporal_conv3d(x, weight, relu=True, impl=impl), x, dout)
+        assert dx.flatten().tolist() == [0, 0, 3, 4], impl
 
 
 def test_taps_look_back_and_ahead(device):
@@ -139,7 +148,7 @@ X, W, S = torch.zeros(1, 2, 3, 4, 5, 5), torch.zeros(2, 6, 3, 3), torch.zeros(2,
         ({"shift": S.double()}, TypeError, "shift must be torch.float32 for x of torch.float32, got torch.float64"),
         ({"residual": X}, ValueError, r"residual must be .* = \[1, 2, 6, 4, 5, 5\], got"),
         ({"impl": "cuda"}, ValueError, "impl must be one of auto, reference, cpu, triton, got 'cuda'"),
-        ({"impl": "cpu"}, RuntimeError, "impl='cpu' cannot run"),
+        ({"impl": "cpu"}, RuntimeError, "impl='cpu' cannot run: this op has no implementation of its own"),
     ],
 )
 def test_rejects(arguments, error, message):

@@ -42,7 +42,7 @@ def _token_attention_fwd_kernel(
         v = load_head(qkv_ptr, 2, head, clip * N + tokens, tokens < N, d, HEADS, HEAD_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where((tokens < N)[None, :], scores, float("-inf"))
-        highest = tl.maximum(largest, tl.max(scores, 1))
+        highest = tl.maximum(largest, tl.max(scores, 1), propagate_nan=tl.PropagateNan.ALL)
         # where all scores so far are -inf, their difference to the largest would be NaN and not 0's logarithm
         base = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp(scores - base[:, None])
