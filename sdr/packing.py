@@ -33,7 +33,7 @@ class PackedBlock(NamedTuple):
 
     def branch(self, v: int) -> "PackedBlock":
         """Branch v alone."""
-        convs = (None if conv is None else FoldedConv(*(tensor[v : v + 1] for tensor in conv)) for conv in self[:4])
+        convs = [conv and FoldedConv(*(t if t is None else t[v : v + 1] for t in conv)) for conv in self[:4]]
         return PackedBlock(*convs, self.pool, self.time_pool)
 
 
@@ -58,6 +58,8 @@ def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: 
 
     def layer(name: str) -> FoldedConv:
         conv = fold([getattr(b, name) for b in blocks], [getattr(b, f"{name}_bn") for b in blocks], dtype)
+        if dtype == torch.float32 and conv.weight.device.type == "cpu":  # where the op would do it at every call
+            conv = FoldedConv(conv.weight * conv.scale[..., None, None], None, conv.shift)
         # the kernels' order of memory, [V, k, C_in, C_out], or they would copy it at every call
         return conv._replace(weight=conv.weight.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1))
 

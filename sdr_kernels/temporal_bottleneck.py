@@ -16,7 +16,7 @@ class FoldedConv(NamedTuple):
     """A convolution and the batch norm after it: ``conv(x, weight) * scale + shift``."""
 
     weight: Tensor  # [V, C_out, C_in, k]
-    scale: Tensor  # [V, C_out], float32
+    scale: Tensor | None  # [V, C_out], float32; None where it is in the weight
     shift: Tensor  # [V, C_out], float32
 
 
@@ -54,8 +54,8 @@ def _fake_fwd(x, a, a_scale, a_shift, b, b_scale, b_shift, c, c_scale, c_shift, 
 _fwd = register(
     "temporal_bottleneck",
     "temporal_bottleneck_fwd",
-    "(Tensor x, Tensor a, Tensor a_scale, Tensor a_shift, Tensor b, Tensor b_scale, Tensor b_shift, Tensor c, "
-    "Tensor c_scale, Tensor c_shift, Tensor? branch1, Tensor? branch1_scale, Tensor? branch1_shift, bool pool, "
+    "(Tensor x, Tensor a, Tensor? a_scale, Tensor a_shift, Tensor b, Tensor? b_scale, Tensor b_shift, Tensor c, "
+    "Tensor? c_scale, Tensor c_shift, Tensor? branch1, Tensor? branch1_scale, Tensor? branch1_shift, bool pool, "
     "bool time_pool, str impl) -> Tensor",
     fake=_fake_fwd,
 )
@@ -80,7 +80,7 @@ def temporal_bottleneck(
     Args:
         x: [B, V, C_in, T, H, W], float32, float16 or bfloat16; fastest where channels are innermost in memory.
         a: (weight, scale, shift) of [V, inner, C_in, k], k in 1, 3, 5, [V, inner] and [V, inner]; weights have x's
-            dtype, scale and shift are float32.
+            dtype, scale and shift are float32; a scale of None is 1.
         b: the same of [V, inner, inner, 1].
         c: the same of [V, C_out, inner, 1].
         branch1: the same of [V, C_out, C_in, 1]; None adds x itself, which needs C_in = C_out and no ``pool``.

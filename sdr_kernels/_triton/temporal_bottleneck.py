@@ -15,6 +15,7 @@ channels' scales and shifts are loaded before the loop and held.
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 import triton
@@ -283,11 +284,16 @@ def bottleneck_class(dtype: torch.dtype, inner: int, pool: bool) -> str:
     return f"temporal_bottleneck {precision_class(dtype)} inner{width_class(inner)}{' pool' if pool else ''}"
 
 
+def packed(weight: Tensor, scale: Tensor | None, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer in the kernel's order of memory."""
+    return pack(weight), torch.ones_like(shift) if scale is None else scale.contiguous(), shift.contiguous()
+
+
 def temporal_bottleneck_fwd(
     x: Tensor,
-    a: Tensor, a_scale: Tensor, a_shift: Tensor,
-    b: Tensor, b_scale: Tensor, b_shift: Tensor,
-    c: Tensor, c_scale: Tensor, c_shift: Tensor,
+    a: Tensor, a_scale: Tensor | None, a_shift: Tensor,
+    b: Tensor, b_scale: Tensor | None, b_shift: Tensor,
+    c: Tensor, c_scale: Tensor | None, c_shift: Tensor,
     branch1: Tensor | None, branch1_scale: Tensor | None, branch1_shift: Tensor | None,
     pool: bool, time_pool: bool,
 ) -> Tensor:  # fmt: skip
@@ -304,12 +310,12 @@ def temporal_bottleneck_fwd(
     tiles = triton.cdiv(rows // (B * V), tile["BLOCK_M"]) * B * V
     programs = tiles if chained else min(tiles, per_processor * num_processors(x.device))
     scratch = out if chained else x.new_empty((programs, time, 2, tile["BLOCK_M"], inner))
-    layers = [(pack(a), a_scale, a_shift), (pack(b), b_scale, b_shift), (pack(c), c_scale, c_shift)]
+    layers = [packed(a, a_scale, a_shift), packed(b, b_scale, b_shift), packed(c, c_scale, c_shift)]
     # without a branch1 a stands in for it: addresses are formed but never read
-    layers.append(layers[0] if branch1 is None else (pack(branch1), branch1_scale, branch1_shift))
+    layers.append(layers[0] if branch1 is None else packed(branch1, branch1_scale, branch1_shift))
     with torch.cuda.device_of(x):
         _temporal_bottleneck_fwd_kernel[(programs,)](
-            rows_of(x), *(tensor.contiguous() for layer in layers for tensor in layer), scratch, out,
+            rows_of(x), *chain(*layers), scratch, out,
             V, tiles, T, H, W, 4 if pool else 1, C_in, inner, C_out,
             C_IN=C_in, INNER=inner, C_OUT=C_out, KERNEL=kernel, HAS_BRANCH1=branch1 is not None,
             POOL=pool, TIME_POOL=time_pool, CHAINED=chained, **tile,
