@@ -1,7 +1,6 @@
 """A model's weights as the kernels take them, batch norms folded and branches stacked, and the pass through them."""
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -86,15 +85,19 @@ def backbone_tokens(views: Tensor, packed: PackedBackbones) -> Tensor:
     normalise = (IMAGENET_MEAN, IMAGENET_STD) if views.dtype == torch.uint8 else None
     x = temporal_stem(views, *packed.stem, normalise=normalise)
     if x.device.type == "cpu" and len(x) > 0:
-        x = run_in_slabs(x, packed.blocks)
-    else:
-        for block in packed.blocks:
-            x = block(x)
-    return spatial_mean(x)
+        return tokens_by_slabs(x, packed.blocks)
+    return spatial_mean(run_blocks(x, packed.blocks))
 
 
-def run_in_slabs(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
-    """The stem's output, [B, V, C, T, H, W], through all blocks, some rows of one clip and branch at a time.
+def run_blocks(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
+    """x: [B, V, C, T, H, W], from the stem."""
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def tokens_by_slabs(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
+    """The stem's output, [B, V, C, T, H, W], to tokens, some rows of one clip and branch at a time through all blocks.
 
     Positions only meet in pools, so slabs are networks of their own. What lies between two blocks is 15 MB at full
     width: it stays in the cache and in memory that is used again, where larger tensors would get new pages each time.
@@ -104,8 +107,8 @@ def run_in_slabs(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
         own = [block.branch(v) for block in blocks]
         clips = []
         for clip in x[:, v : v + 1].split(1):
-            slabs = [reduce(lambda y, block: block(y), own, slab) for slab in clip.split(CPU_SLAB, dim=-2)]
-            clips.append(torch.cat(slabs, dim=-2))
+            slabs = [run_blocks(slab, own) for slab in clip.split(CPU_SLAB, dim=-2)]
+            clips.append(spatial_mean(torch.cat(slabs, dim=-2)))
         branches.append(torch.cat(clips))
     return torch.cat(branches, dim=1)
 

@@ -86,7 +86,7 @@ def temporal_bottleneck(
         branch1: the same of [V, C_out, C_in, 1]; None adds x itself, which needs C_in = C_out and no ``pool``.
         pool: halve H and W, rounding down, by a 2x2 max-pool after b and after branch1.
         time_pool: halve T, rounding down, by a max-pool over two frames at the end.
-        impl: "auto" (Triton on CUDA, oneDNN on the CPU, else the reference), "reference", "cpu" or "triton".
+        impl: "auto" (Triton on CUDA, the CPU's own on a CPU, else the reference), "reference", "cpu" or "triton".
 
     Returns:
         [B, V, C_out, T', H', W'] of x's dtype.

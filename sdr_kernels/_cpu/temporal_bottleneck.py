@@ -45,6 +45,8 @@ def temporal_bottleneck_fwd(
     convs = ((a, a_scale, a_shift), (b, b_scale, b_shift), (c, c_scale, c_shift))
     for v in range(V):
         layers = [_fold(v, *conv) for conv in (*convs, (branch1, branch1_scale, branch1_shift))]
+        if layers[3] is not None:  # of both summands, and a constant may pass the pool
+            layers[3] = layers[3]._replace(bias=layers[3].bias + layers[2].bias)
         for i in range(B):
             _block(x[i, v].movedim(0, -1), *layers, pool, time_pool, out[i, v].movedim(0, -1))
     return out
@@ -69,12 +71,12 @@ def _block(
             torch.add(near[here], c.bias, out=y)
         elif pool:
             h = max_of_pairs(max_of_pairs(h, -3), -2)
-            max_of_pairs(max_of_pairs(_convolve(near[here], branch1), -3), -2, out=y).add_(c.bias)
+            max_of_pairs(max_of_pairs(_convolve(near[here], branch1), -3), -2, out=y)
         else:
-            _convolve(near[here], branch1, out=y).add_(c.bias)
+            _convolve(near[here], branch1, out=y)
         _rows(y).addmm_(_rows(h.relu_()), c.taps[0]).relu_()
         if time_pool:
-            result.copy_(max_of_pairs(y, -4))
+            max_of_pairs(y, -4, out=result)
         elif not in_place:
             result.copy_(y)
 
