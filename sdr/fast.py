@@ -1,7 +1,8 @@
 """SDRModel on grouped kernels: same arguments, same state_dict, same output as :class:`sdr.model.SDRModel`.
 
 In evaluation and without gradients all branches run in one pass of the ops in :mod:`sdr_kernels`, batch norms folded:
-Triton kernels on a GPU, products of rows that stay in the cache on a CPU. In training, or where a gradient is asked for, the reference runs.
+Triton kernels on a GPU, products of rows that stay in the cache on a CPU. In training, or where a gradient is asked
+for, the reference runs.
 """
 
 import copy
