@@ -1,6 +1,7 @@
 """A model's weights as the kernels take them, batch norms folded and branches stacked, and the pass through them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from sdr.model import SDRModel, SDROutput
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
 from sdr.transformer import TemporalTransformer
 from sdr.trfi import TRFI
+from sdr.workers import map_tensors
 from sdr_kernels import FoldedConv, norm_linear, spatial_mean, temporal_bottleneck, temporal_stem, token_attention
 
-CPU_SLAB = 8  # rows of the stem's map; no pool of the later stages crosses a multiple of 8
+MIN_SLAB = 4  # rows of the stem's map; smaller products take longer for the same work
 
 
 class PackedBlock(NamedTuple):
@@ -99,18 +101,19 @@ def run_blocks(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
 def tokens_by_slabs(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
     """The stem's output, [B, V, C, T, H, W], to tokens, some rows of one clip and branch at a time through all blocks.
 
-    Positions only meet in pools, so slabs are networks of their own. What lies between two blocks is 15 MB at full
-    width: it stays in the cache and in memory that is used again, where larger tensors would get new pages each time.
+    Positions only meet in pools, so slabs between which there is none are networks of their own. They run side by side,
+    and what lies between two blocks stays in the cache.
     """
-    branches = []
+    rows = max(MIN_SLAB, 2 ** sum(block.pool for block in blocks))
+    tokens = []
     for v in range(x.shape[1]):
         own = [block.branch(v) for block in blocks]
-        clips = []
-        for clip in x[:, v : v + 1].split(1):
-            slabs = [run_blocks(slab, own) for slab in clip.split(CPU_SLAB, dim=-2)]
-            clips.append(spatial_mean(torch.cat(slabs, dim=-2)))
-        branches.append(torch.cat(clips))
-    return torch.cat(branches, dim=1)
+        slabs = [slab for clip in x[:, v : v + 1].split(1) for slab in clip.split(rows, dim=-2)]
+        maps = map_tensors(partial(run_blocks, blocks=own), slabs)
+        per_clip = len(maps) // len(x)
+        clips = [torch.cat(maps[i : i + per_clip], dim=-2) for i in range(0, len(maps), per_clip)]
+        tokens.append(torch.cat([spatial_mean(clip) for clip in clips]))
+    return torch.cat(tokens, dim=1)
 
 
 class PackedLinear(NamedTuple):

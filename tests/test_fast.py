@@ -294,6 +294,20 @@ def test_output_can_be_used_outside_inference_mode():
     assert head.weight.grad.abs().sum() > 0
 
 
+def test_two_threads_give_the_result_of_one():
+    model = random_model(CONFIGS["paper"])
+    fast = SDRModel.from_reference(model)
+    views = random_views(model.config, batch=2)
+    with torch.inference_mode():
+        expected = fast(views)
+        torch.set_num_threads(2)
+        results = [fast(views) for _ in range(3)]
+    assert torch.get_num_threads() == 2
+    for result in results:
+        for value, one in zip(result, expected, strict=True):
+            torch.testing.assert_close(value, one)
+
+
 def test_threads_share_a_model(device):
     fast = SDRModel.from_reference(random_model(CONFIGS["tiny"], device))
     inputs = [random_views(fast.config, batch=1 + i % 2, device=device) for i in range(8)]
