@@ -120,7 +120,7 @@ def model_block(pool, C_in, inner, seed):
 def test_equals_the_models_block(pool, time_pool, C_in, impl, device):
     blocks = [model_block(pool, C_in, 8, seed) for seed in range(2)]
     packed = pack_blocks(blocks, torch.float32, time_pool=time_pool)
-    convs = [FoldedConv(*(t.to(device) for t in conv)) for conv in packed[:4] if conv is not None]
+    convs = [FoldedConv(*(t if t is None else t.to(device) for t in conv)) for conv in packed[:4] if conv is not None]
     x = torch.randn(2, 2, C_in, 4, 6, 5)
     expected = torch.stack([block(x[:, v]) for v, block in enumerate(blocks)], 1)
     if time_pool:
