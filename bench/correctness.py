@@ -155,7 +155,7 @@ def check_dtype(names: tuple[str, ...], machine: Machine) -> dict[str, dict[str,
             views = random_views(config, clips, machine.device, torch.uint8 if "uint8" in name else dtype)
             try:
                 results[f"{preset} {name}"] = check_model(model, views, dtype, repeats)
-            except Exception as error:
+            except Exception as error:  # counts as a failed check, and the next precision is still checked
                 results[f"{preset} {name}"] = NOT_MEASURED + one_line(error)
             machine.release()
     return results
