@@ -1,7 +1,6 @@
 """A model's weights as the kernels take them, batch norms folded and branches stacked, and the pass through them."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,37 +11,22 @@ from sdr.model import SDRModel, SDROutput
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
 from sdr.transformer import TemporalTransformer
 from sdr.trfi import TRFI
-from sdr.workers import map_tensors
-from sdr_kernels import FoldedConv, norm_linear, spatial_mean, temporal_bottleneck, temporal_stem, token_attention
-
-MIN_SLAB = 4  # rows of the stem's map; smaller products take longer for the same work
-
-
-class PackedBlock(NamedTuple):
-    """A bottleneck of all branches as :func:`sdr_kernels.temporal_bottleneck` takes it."""
-
-    a: FoldedConv
-    b: FoldedConv
-    c: FoldedConv
-    branch1: FoldedConv | None
-    pool: bool
-    time_pool: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [B, V, C, T, H, W]."""
-        return temporal_bottleneck(x, *self[:4], pool=self.pool, time_pool=self.time_pool)
-
-    def branch(self, v: int) -> "PackedBlock":
-        """Branch v alone."""
-        convs = [conv and FoldedConv(*(t if t is None else t[v : v + 1] for t in conv)) for conv in self[:4]]
-        return PackedBlock(*convs, self.pool, self.time_pool)
+from sdr_kernels import (
+    FoldedBottleneck,
+    FoldedConv,
+    bottleneck_chain,
+    norm_linear,
+    spatial_mean,
+    temporal_stem,
+    token_attention,
+)
 
 
 class PackedBackbones(NamedTuple):
     """The backbones of all branches, batch norms folded, in one dtype."""
 
     stem: FoldedConv
-    blocks: list[PackedBlock]
+    blocks: list[FoldedBottleneck]
 
 
 def fold(convs: Sequence[nn.Conv3d], norms: Sequence[nn.BatchNorm3d], dtype: torch.dtype) -> FoldedConv:
@@ -54,7 +38,7 @@ def fold(convs: Sequence[nn.Conv3d], norms: Sequence[nn.BatchNorm3d], dtype: tor
     return FoldedConv(weight, torch.stack(scales), torch.stack(shifts))
 
 
-def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: bool) -> PackedBlock:
+def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: bool) -> FoldedBottleneck:
     """One bottleneck of every branch."""
 
     def layer(name: str) -> FoldedConv:
@@ -67,7 +51,7 @@ def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: 
     first = blocks[0]
     branch1 = layer("branch1") if first.has_branch1 else None
     pool = isinstance(first.pool, nn.MaxPool3d)
-    return PackedBlock(layer("a"), layer("b"), layer("c"), branch1, pool=pool, time_pool=time_pool)
+    return FoldedBottleneck(layer("a"), layer("b"), layer("c"), branch1, pool=pool, time_pool=time_pool)
 
 
 def pack_backbones(branches: Sequence[Backbone], dtype: torch.dtype) -> PackedBackbones:
@@ -86,34 +70,7 @@ def backbone_tokens(views: Tensor, packed: PackedBackbones) -> Tensor:
     """views: [B, V, 3, T, H, W], or [B, 3, T, H, W] for all branches, to tokens, [B, V, N, C]."""
     normalise = (IMAGENET_MEAN, IMAGENET_STD) if views.dtype == torch.uint8 else None
     x = temporal_stem(views, *packed.stem, normalise=normalise)
-    if x.device.type == "cpu" and len(x) > 0:
-        return tokens_by_slabs(x, packed.blocks)
-    return spatial_mean(run_blocks(x, packed.blocks))
-
-
-def run_blocks(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
-    """x: [B, V, C, T, H, W], from the stem."""
-    for block in blocks:
-        x = block(x)
-    return x
-
-
-def tokens_by_slabs(x: Tensor, blocks: Sequence[PackedBlock]) -> Tensor:
-    """The stem's output, [B, V, C, T, H, W], to tokens, some rows of one clip and branch at a time through all blocks.
-
-    Positions only meet in pools, so slabs between which there is none are networks of their own. They run side by side,
-    and what lies between two blocks stays in the cache.
-    """
-    rows = max(MIN_SLAB, 2 ** sum(block.pool for block in blocks))
-    tokens = []
-    for v in range(x.shape[1]):
-        own = [block.branch(v) for block in blocks]
-        slabs = [slab for clip in x[:, v : v + 1].split(1) for slab in clip.split(rows, dim=-2)]
-        maps = map_tensors(partial(run_blocks, blocks=own), slabs)
-        per_clip = len(maps) // len(x)
-        clips = [torch.cat(maps[i : i + per_clip], dim=-2) for i in range(0, len(maps), per_clip)]
-        tokens.append(torch.cat([spatial_mean(clip) for clip in clips]))
-    return torch.cat(tokens, dim=1)
+    return spatial_mean(bottleneck_chain(x, packed.blocks))
 
 
 class PackedLinear(NamedTuple):

@@ -9,9 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdr.ftcn import Bottleneck, Stem
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD, standardise
-from sdr_kernels._cpu import temporal_bottleneck as cpu_bottleneck
 from sdr_kernels._cpu import temporal_stem as cpu_stem
-from sdr_kernels._cpu.temporal_bottleneck import temporal_bottleneck_fwd
+from sdr_kernels._cpu.temporal_bottleneck import bottleneck_chain_fwd, temporal_bottleneck_fwd
 from sdr_kernels._cpu.temporal_stem import temporal_stem_fwd
 from sdr_kernels._ops import DTYPES
 from sdr_kernels.temporal_bottleneck import FoldedConv, temporal_bottleneck_reference
@@ -36,6 +35,9 @@ BLOCKS = [
     (1, 1, 64, 16, 3, 9, 1, 3, "time_pool"),
     (1, 3, 20, 40, 1, 4, 5, 7, "pool time_pool"),
     (1, 1, 96, 65, 3, 7, 9, 2, "pool time_pool"),
+    (1, 2, 128, 16, 3, 1, 2, 3, ""),
+    (1, 1, 128, 32, 3, 2, 3, 2, "time_pool"),
+    (2, 1, 160, 24, 3, 7, 5, 3, "pool"),
     (0, 2, 8, 8, 3, 4, 2, 2, "pool"),
 ]
 MEMORY = {
@@ -157,12 +159,10 @@ def test_stem_in_bands(shape, size, monkeypatch):
     assert_stem(*make_stem(shape, torch.float32))
 
 
-@pytest.mark.parametrize("frames", [1, 4])
-@pytest.mark.parametrize("shape", BLOCKS, ids=str)
-def test_bottleneck_in_chunks_of_frames(shape, frames, monkeypatch):
-    _, _, _, _, _, _, H, W, _ = shape
-    monkeypatch.setattr(cpu_bottleneck, "CHUNK_ROWS", frames * H * W)
-    assert_bottleneck(shape[-1], *make_bottleneck(shape, torch.float32))
+@pytest.mark.parametrize("shape", [STEMS[1], STEMS[4]], ids=str)
+def test_stem_in_groups_of_frames(shape, monkeypatch):
+    monkeypatch.setattr(cpu_stem, "GROUP", 3)
+    assert_stem(*make_stem(shape, torch.float32))
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -180,7 +180,7 @@ def test_nan_and_infinity_stay_where_they_belong(dtype):
     modules, (x, *layer) = make_stem(STEMS[4], dtype)
     x[0, 1, 2, 5, 6], x[1, 0, 0, 8, 30] = float("nan"), float("inf")
     assert_stem(modules, [x, *layer])
-    for shape in (BLOCKS[1], BLOCKS[4], BLOCKS[5], BLOCKS[6]):
+    for shape in (BLOCKS[1], BLOCKS[4], BLOCKS[5], BLOCKS[6], BLOCKS[10]):
         modules, (x, *layers) = make_bottleneck(shape, dtype)
         x[0, 0, 3, 1, 0, 1], x[-1, -1, 0, 0, 0, 2] = float("nan"), float("inf")
         assert_bottleneck(shape[-1], modules, [x, *layers])
@@ -238,10 +238,24 @@ def test_stem_never_holds_its_full_resolution(dtype):
     assert largest.nbytes <= max(padded_clip, cpu_stem.BAND_BYTES) < frame
 
 
-def test_bottleneck_holds_intermediates_of_one_chunk():
-    _, (x, *layers) = make_bottleneck((1, 1, 64, 64, 3, 16, 56, 56, "pool"), torch.float32)
-    x = x.movedim(2, -1).contiguous().movedim(-1, 2)
+def test_chain_never_holds_a_whole_intermediate():
+    _, (x, *wide) = make_bottleneck((1, 1, 64, 64, 3, 8, 32, 32, ""), torch.float32)
+    _, (between, *pooled) = make_bottleneck((1, 1, 256, 32, 3, 8, 32, 32, "pool"), torch.float32)
     with LargestTensor() as largest:
-        out = run_bottleneck("pool", x, *layers)
-    full, chunk = 4 * 256 * 16 * 56 * 56, 4 * 256 * cpu_bottleneck.CHUNK_ROWS
-    assert largest.nbytes <= max(chunk, x.nbytes, out.nbytes) < full
+        out = bottleneck_chain_fwd(x, [*wide, *pooled], [False, True], [False, False])
+    assert largest.nbytes == max(x.nbytes, out.nbytes) < between.nbytes
+
+
+@pytest.mark.parametrize("frames", [2, 5])
+def test_infinity_may_meet_infinity(frames):
+    """In Winograd's differences it does, where in the definition it does not."""
+    identity = torch.eye(128).view(1, 128, 128, 1)
+    taps = torch.zeros(1, 128, 128, 3)
+    taps[..., 1] = identity[..., 0]
+    layer = [None, torch.zeros(1, 128)]
+    x = torch.zeros(1, 1, 128, frames, 1, 1)
+    x[:, :, 5, :2] = float("inf")
+    out = temporal_bottleneck_fwd(x, taps, *layer, identity, *layer, identity, *layer, None, None, None, False, False)
+    truth = temporal_bottleneck_reference(x, *(FoldedConv(w, *layer) for w in (taps, identity, identity)))
+    assert torch.equal(out.isnan(), truth.isnan())
+    assert torch.equal(out.nan_to_num(), truth.nan_to_num())

@@ -18,7 +18,7 @@ LAYERS = [
     {"tpa", "video", "detectors"},
     {"transformer", "faces", "datasets"},
     {"ftcn", "trfi", "synth"},
-    {"model", "graphs", "workers"},
+    {"model", "graphs"},
     {"packing", "losses", "checkpoint", "loading", "evaluate"},
     {"fast"},
     {"train", "score"},

@@ -1,18 +1,23 @@
-"""Bottleneck on a CPU: products of rows in chunks of frames, from x to the result while they are in the cache.
+"""Bottlenecks on a CPU: slabs of rows side by side, each through all blocks while it is in the cache.
 
-Channels are innermost, so a row is one (frame, position), a convolution a product of rows and weights, and a temporal
-tap a shift by whole frames.
+Positions only meet in pools, so slabs between which there is no pool are networks of their own, and no thread waits for
+another before the end. Channels are innermost: a row of a product is one (frame, position), a convolution a product of
+rows and weights, and a temporal tap a shift by whole frames.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdr_kernels._cpu.pooling import max_of_pairs
-from sdr_kernels._ops import channels_last, empty_channels_last
+from sdr_kernels._cpu.workers import side_by_side
+from sdr_kernels._ops import empty_channels_last
 
-CHUNK_ROWS = 3136  # 3 MB of 256 channels: products of more rows leave the cache, of fewer wait for threads
+MIN_SLAB = 4  # rows of the first block's map; products of fewer take longer for the same work
+MIN_WINOGRAD = 128  # input channels from which fewer products are worth the sums of frames that they take
 
 
 class _Layer(NamedTuple):
@@ -20,6 +25,53 @@ class _Layer(NamedTuple):
 
     taps: Tensor  # [k, C_in, C_out]
     bias: Tensor  # [C_out]
+    factors: Tensor | None = None  # [4, C_in, C_out], Winograd's
+
+
+class _Block(NamedTuple):
+    """A bottleneck of one branch; where there is a branch1, its bias is in c's."""
+
+    a: _Layer
+    b: _Layer
+    c: _Layer
+    branch1: _Layer | None
+    pool: bool
+    time_pool: bool
+
+
+def temporal_bottleneck_fwd(x: Tensor, *arguments: Tensor | bool | None) -> Tensor:
+    """A chain of one."""
+    *layers, pool, time_pool = arguments
+    return bottleneck_chain_fwd(x, layers, [pool], [time_pool])
+
+
+def bottleneck_chain_fwd(
+    x: Tensor, layers: Sequence[Tensor | None], pools: Sequence[bool], time_pools: Sequence[bool]
+) -> Tensor:
+    """In float32; only the result has x's dtype. layers: weight, scale and shift of a, b, c, branch1 of every block."""
+    B, V, _, T, H, W = x.shape
+    out = empty_channels_last(x, (B, V, layers[-6].shape[1], T >> sum(time_pools), H >> sum(pools), W >> sum(pools)))
+    rows = max(MIN_SLAB, 1 << sum(pools))
+    for v in range(V):
+        per_block = [
+            (layers[12 * i : 12 * i + 12], *pair) for i, pair in enumerate(zip(pools, time_pools, strict=True))
+        ]
+        blocks = side_by_side(partial(_fold_block, v), per_block)
+        slabs = []
+        for clip, result in zip(x[:, v].movedim(1, -1), out[:, v].movedim(1, -1), strict=True):
+            slabs += zip(clip.split(rows, 1), result.split(rows >> sum(pools), 1), strict=False)  # odd rows are dropped
+        side_by_side(partial(_run_slab, blocks), slabs)
+    return out
+
+
+def _fold_block(v: int, block: tuple[Sequence[Tensor | None], bool, bool]) -> _Block:
+    layers, pool, time_pool = block
+    a, b, c, branch1 = (_fold(v, *layers[i : i + 3]) for i in range(0, 12, 3))
+    if len(a.taps) == 3 and a.taps.shape[1] >= MIN_WINOGRAD:
+        a = a._replace(factors=_winograd_factors(a.taps))
+    if branch1 is not None:  # a constant may pass the pool, where there is less to add it to
+        c = c._replace(bias=branch1.bias + c.bias)
+    return _Block(a, b, c, branch1, pool, time_pool)
 
 
 def _fold(v: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> _Layer | None:
@@ -30,70 +82,84 @@ def _fold(v: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | N
     return _Layer(taps.permute(2, 1, 0).contiguous(), shift[v])
 
 
-def temporal_bottleneck_fwd(
-    x: Tensor,
-    a: Tensor, a_scale: Tensor | None, a_shift: Tensor,
-    b: Tensor, b_scale: Tensor | None, b_shift: Tensor,
-    c: Tensor, c_scale: Tensor | None, c_shift: Tensor,
-    branch1: Tensor | None, branch1_scale: Tensor | None, branch1_shift: Tensor | None,
-    pool: bool, time_pool: bool,
-) -> Tensor:  # fmt: skip
-    """The block of every clip and branch, one after the other, in float32; only the result has x's dtype."""
-    x = channels_last(x)
-    B, V, _, T, H, W = x.shape
-    out = empty_channels_last(x, (B, V, c.shape[1], T // (1 + time_pool), H // (1 + pool), W // (1 + pool)))
-    convs = ((a, a_scale, a_shift), (b, b_scale, b_shift), (c, c_scale, c_shift))
-    for v in range(V):
-        layers = [_fold(v, *conv) for conv in (*convs, (branch1, branch1_scale, branch1_shift))]
-        if layers[3] is not None:  # of both summands, and a constant may pass the pool
-            layers[3] = layers[3]._replace(bias=layers[3].bias + layers[2].bias)
-        for i in range(B):
-            _block(x[i, v].movedim(0, -1), *layers, pool, time_pool, out[i, v].movedim(0, -1))
-    return out
+def _run_slab(blocks: Sequence[_Block], slab: tuple[Tensor, Tensor]) -> None:
+    """Write the blocks' result of the first, [T, H, W, C_in], to the second, [T', H', W', C_out]."""
+    x, out = slab
+    x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    for block in blocks:
+        x = _run_block(x, block)
+    out.copy_(x)
 
 
-def _block(
-    x: Tensor, a: _Layer, b: _Layer, c: _Layer, branch1: _Layer | None, pool: bool, time_pool: bool, out: Tensor
-) -> None:
-    """x: [T, H, W, C_in]; out: [T', H', W', C_out]."""
-    stride, border = 1 + time_pool, len(a.taps) // 2
-    frames = max(1, CHUNK_ROWS // (x.shape[1] * x.shape[2] * stride))
-    in_place = out.dtype == torch.float32 and not time_pool
-    for t, result in enumerate(out.split(frames)):
-        first = t * frames * stride
-        last = first + len(result) * stride
-        start = max(0, first - border)
-        near = x[start : last + border].float()
-        here = slice(first - start, last - start)
-        h = _convolve(_convolve(near, a, here).relu_(), b)
-        y = result if in_place else torch.empty((last - first, *out.shape[1:]))
-        if branch1 is None:
-            torch.add(near[here], c.bias, out=y)
-        elif pool:
-            h = max_of_pairs(max_of_pairs(h, -3), -2)
-            max_of_pairs(max_of_pairs(_convolve(near[here], branch1), -3), -2, out=y)
-        else:
-            _convolve(near[here], branch1, out=y)
-        _rows(y).addmm_(_rows(h.relu_()), c.taps[0]).relu_()
-        if time_pool:
-            max_of_pairs(y, -4, out=result)
-        elif not in_place:
-            result.copy_(y)
+def _run_block(x: Tensor, block: _Block) -> Tensor:
+    """x: [T, H, W, C_in], which is overwritten, to [T', H', W', C_out]."""
+    a, b, c, branch1, pool, time_pool = block
+    h = _convolve_relu(x, a)
+    h = torch.addmm(b.bias, _rows(h), b.taps[0]).relu_().view(h.shape)
+    if branch1 is None:
+        y = x.add_(c.bias)
+    elif pool:
+        y = torch.mm(_rows(x), branch1.taps[0]).view(*x.shape[:3], -1)
+        y, h = (max_of_pairs(max_of_pairs(z, -3), -2) for z in (y, h))
+        y += c.bias
+    else:
+        y = torch.addmm(c.bias, _rows(x), branch1.taps[0]).view(*x.shape[:3], -1)
+    _rows(y).addmm_(_rows(h), c.taps[0]).relu_()
+    return max_of_pairs(y, -4) if time_pool else y
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.view(-1, x.shape[-1])
 
 
-def _convolve(x: Tensor, layer: _Layer, frames: slice = slice(None), out: Tensor | None = None) -> Tensor:
-    """x: [T, H, W, C_in] to those frames of [T, H, W, C_out], zero-padded in time."""
-    k = len(layer.taps)
-    first, last, _ = frames.indices(len(x))
-    out = x.new_empty((last - first, *x.shape[1:3], len(layer.bias))) if out is None else out
-    torch.addmm(layer.bias, _rows(x[first:last]), layer.taps[k // 2], out=_rows(out))
+def _convolve_relu(x: Tensor, layer: _Layer) -> Tensor:
+    """x: [T, H, W, C_in] to [T, H, W, C_out]; by Winograd's F(2, 3) where the layer has its factors."""
+    if layer.factors is not None and len(x) > 1:
+        h = _winograd_relu(x, layer)
+        if h.sum().isfinite():  # else perhaps for infinities, of which it takes differences and the definition does not
+            return h
+    return _convolve(x, layer).relu_()
+
+
+def _convolve(x: Tensor, layer: _Layer) -> Tensor:
+    """Tap by tap, zero-padded in time."""
+    T, k = len(x), len(layer.taps)
+    out = torch.addmm(layer.bias, _rows(x), layer.taps[k // 2]).view(*x.shape[:3], -1)
     for tap in range(k):
         offset = tap - k // 2
-        begin, end = max(first, -offset), min(last, len(x) - offset)
-        if offset and begin < end:
-            _rows(out[begin - first : end - first]).addmm_(_rows(x[begin + offset : end + offset]), layer.taps[tap])
+        inside = T - abs(offset)
+        if offset and inside > 0:
+            shifted = x[max(0, offset) :][:inside]
+            _rows(out[max(0, -offset) :][:inside]).addmm_(_rows(shifted), layer.taps[tap])
     return out
+
+
+def _winograd_factors(taps: Tensor) -> Tensor:
+    """What the sums of frames are multiplied by: the filter's transform in F(2, 3), its last row negated."""
+    first, middle, last = taps
+    outer, half = (first + last) / 2, middle / 2
+    return torch.stack([first, outer + half, outer - half, -last])
+
+
+def _winograd_relu(x: Tensor, layer: _Layer) -> Tensor:
+    """Two frames by four products instead of six: F(2, 3) of Lavin and Gray (CVPR 2016)."""
+    T, end = len(x), len(x) // 2 * 2
+    even, odd = x[:end:2], x[1:end:2]
+    d = torch.add(even, odd)
+    both = torch.addmm(layer.bias, _rows(d), layer.factors[1])
+    torch.sub(odd, even, out=d)
+    apart = torch.mm(_rows(d), layer.factors[2])
+    outputs = both + apart, both - apart
+    torch.neg(odd[0], out=d[0])
+    torch.sub(odd[:-1], odd[1:], out=d[1:])
+    outputs[0].addmm_(_rows(d), layer.factors[0])
+    torch.sub(even[:-1], even[1:], out=d[:-1])
+    torch.sub(even[-1], x[end] if end < T else 0, out=d[-1])
+    outputs[1].addmm_(_rows(d), layer.factors[3])
+    h = x.new_empty(*x.shape[:3], len(layer.bias))
+    for parity, y in enumerate(outputs):
+        frames = h[parity:end:2]
+        torch.clamp_min(y.view(frames.shape), 0, out=frames)
+    if end < T:
+        h[end:] = _convolve(x[-2:], layer)[1:].relu_()
+    return h

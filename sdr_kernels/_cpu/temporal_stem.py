@@ -1,14 +1,18 @@
 """Stem on a CPU: each frame is one product of its 3 * k colour planes, pooled band by band while still in cache."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from sdr_kernels._cpu.pooling import max_of_threes
+from sdr_kernels._cpu.workers import side_by_side
 from sdr_kernels._ops import empty_channels_last
 from sdr_kernels.temporal_stem import stem_shape
 
+GROUP = 4  # frames that a thread takes at a time
 BAND_BYTES = 4 << 20  # of the convolution's result at full resolution, all of it that exists at a time
 
 
@@ -29,7 +33,11 @@ def temporal_stem_fwd(
         for v in range(V):
             if v == 0 or clips.ndim == 5:
                 frames = _padded_frames(clips[v] if clips.ndim == 5 else clips, k, mean, std)
-            _stem(frames, taps[v], shift[v], out[i, v].movedim(0, -1))
+            groups = [
+                (frames[t : t + len(result) + k - 1], result)
+                for t, result in zip(count(0, GROUP), out[i, v].movedim(0, -1).split(GROUP), strict=False)
+            ]
+            side_by_side(partial(_stem, taps[v], shift[v]), groups)
     return out
 
 
@@ -39,7 +47,8 @@ def _padded_frames(clip: Tensor, k: int, mean: Sequence[float] | None, std: Sequ
     H' is even: an odd last row or column is in no pool. At both ends are k // 2 frames of zeros.
     """
     _, T, H, W = clip.shape
-    frames = clip.new_zeros((T + k - 1, 3, H // 2 * 2, 2, W // 2), dtype=torch.float32)
+    frames = clip.new_empty((T + k - 1, 3, H // 2 * 2, 2, W // 2), dtype=torch.float32)
+    frames[: k // 2], frames[k // 2 + T :] = 0, 0
     columns = clip[:, :, : H // 2 * 2, : W // 2 * 2].unflatten(3, (W // 2, 2))
     inside = frames[k // 2 : k // 2 + T].copy_(columns.permute(1, 0, 2, 4, 3))
     if mean is not None:
@@ -48,8 +57,9 @@ def _padded_frames(clip: Tensor, k: int, mean: Sequence[float] | None, std: Sequ
     return frames
 
 
-def _stem(frames: Tensor, taps: Tensor, shift: Tensor, out: Tensor) -> None:
-    """frames: [T + k - 1, 3, H, 2, W / 2]; taps: [k * 3, C]; shift: [C]; out: [T, H', W', C]."""
+def _stem(taps: Tensor, shift: Tensor, group: tuple[Tensor, Tensor]) -> None:
+    """taps: [k * 3, C]; shift: [C]; group: frames, [T + k - 1, 3, H, 2, W / 2], and their result, [T, H', W', C]."""
+    frames, out = group
     H, _, half = frames.shape[2:]
     planes, C = taps.shape
     rows = min(H, max(2, BAND_BYTES // (8 * half * C) // 2 * 2))

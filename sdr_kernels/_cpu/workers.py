@@ -1,4 +1,4 @@
-"""Threads that each run torch's ops alone: pieces of a network side by side, with no wait at the end of every op.
+"""Threads that each run torch's ops alone: pieces of work side by side, with no wait at the end of every op.
 
 An op of torch that runs on all cores ends with its threads waiting for each other, which costs more than the work of a
 small op, and many times that where another process keeps one of them from running.
@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @cache
@@ -31,9 +34,15 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the threads
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """``function`` of every input, without gradients, on as many threads as torch uses for an op."""
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """``function`` of every item, in order, without gradients, on as many threads as torch uses for an op."""
+    inference = torch.is_inference_mode_enabled()
+
+    def run(item: Item) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():
+            return function(item)
+
     threads = torch.get_num_threads()
-    if threads == 1 or len(inputs) == 1:
-        return [function(x) for x in inputs]
-    return list(_pool(threads).map(torch.no_grad()(function), inputs))
+    if threads == 1 or len(items) == 1:
+        return [run(item) for item in items]
+    return list(_pool(threads).map(run, items))
