@@ -25,7 +25,7 @@ class _Layer(NamedTuple):
 
     taps: Tensor  # [k, C_in, C_out]
     bias: Tensor  # [C_out]
-    factors: Tensor | None = None  # [4, C_in, C_out], Winograd's
+    factors: Tensor | None = None  # [6, C_in, C_out], Winograd's
 
 
 class _Block(NamedTuple):
@@ -113,8 +113,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _convolve_relu(x: Tensor, layer: _Layer) -> Tensor:
-    """x: [T, H, W, C_in] to [T, H, W, C_out]; by Winograd's F(2, 3) where the layer has its factors."""
-    if layer.factors is not None and len(x) > 1:
+    """x: [T, H, W, C_in] to [T, H, W, C_out]; by Winograd's minimal filtering where the layer has its factors."""
+    if layer.factors is not None and len(x) >= 4:
         h = _winograd_relu(x, layer)
         if h.sum().isfinite():  # else perhaps for infinities, of which it takes differences and the definition does not
             return h
@@ -135,31 +135,44 @@ def _convolve(x: Tensor, layer: _Layer) -> Tensor:
 
 
 def _winograd_factors(taps: Tensor) -> Tensor:
-    """What the sums of frames are multiplied by: the filter's transform in F(2, 3), its last row negated."""
-    first, middle, last = taps
-    outer, half = (first + last) / 2, middle / 2
-    return torch.stack([first, outer + half, outer - half, -last])
+    """What the sums of frames are multiplied by: the filter in F(4, 3), at points 0, 1, -1, 2, -2 and infinity.
+
+    taps: [3, C_in, C_out]; returns [6, C_in, C_out].
+    """
+    rows = [6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]
+    return torch.tensordot(taps.new_tensor(rows) / 24, taps, 1)
 
 
 def _winograd_relu(x: Tensor, layer: _Layer) -> Tensor:
-    """Two frames by four products instead of six: F(2, 3) of Lavin and Gray (CVPR 2016)."""
-    T, end = len(x), len(x) // 2 * 2
-    even, odd = x[:end:2], x[1:end:2]
-    d = torch.add(even, odd)
-    both = torch.addmm(layer.bias, _rows(d), layer.factors[1])
-    torch.sub(odd, even, out=d)
-    apart = torch.mm(_rows(d), layer.factors[2])
-    outputs = both + apart, both - apart
-    torch.neg(odd[0], out=d[0])
-    torch.sub(odd[:-1], odd[1:], out=d[1:])
-    outputs[0].addmm_(_rows(d), layer.factors[0])
-    torch.sub(even[:-1], even[1:], out=d[:-1])
-    torch.sub(even[-1], x[end] if end < T else 0, out=d[-1])
-    outputs[1].addmm_(_rows(d), layer.factors[3])
+    """Four frames by six products instead of twelve: F(4, 3) of Lavin and Gray (CVPR 2016); a rest tap by tap."""
+    end = len(x) // 4 * 4
+    d1, d2, d3, d4 = (x[i:end:4] for i in range(4))  # the frames of the results; d0 comes before and d5 after them
+    p, q = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
+    d = p + q
+    m1 = torch.addmm(layer.bias, _rows(d), layer.factors[1])
+    m2 = torch.mm(_rows(torch.sub(p, q, out=d)), layer.factors[2])
+    torch.sub(d4, d2, out=p)
+    torch.sub(d3, d1, out=q)
+    m3 = torch.mm(_rows(torch.add(p, q, alpha=2, out=d)), layer.factors[3])
+    m4 = torch.mm(_rows(torch.sub(p, q, alpha=2, out=d)), layer.factors[4])
+    inner, outer, outer_difference = m1 + m2, m3 + m4, m3.sub_(m4)
+    inner_difference = m1.sub_(m2)
+    y = [
+        inner + outer,
+        torch.add(inner_difference, outer_difference, alpha=2),
+        inner.add_(outer, alpha=4),
+        inner_difference.add_(outer_difference, alpha=8),
+    ]
+    torch.neg(d2[0], out=d[0])
+    torch.sub(d4[:-1], d2[1:], out=d[1:])
+    y[0].addmm_(_rows(p.add_(d, alpha=4)), layer.factors[0])  # 4 d0 - 5 d2 + d4
+    torch.sub(x[end] if end < len(x) else 0, d3[-1], out=d[-1])
+    torch.sub(d1[1:], d3[:-1], out=d[:-1])
+    y[3].addmm_(_rows(d.sub_(q, alpha=4)), layer.factors[5])  # 4 d1 - 5 d3 + d5
     h = x.new_empty(*x.shape[:3], len(layer.bias))
-    for parity, y in enumerate(outputs):
-        frames = h[parity:end:2]
-        torch.clamp_min(y.view(frames.shape), 0, out=frames)
-    if end < T:
-        h[end:] = _convolve(x[-2:], layer)[1:].relu_()
+    for i, values in enumerate(y):
+        frames = h[i:end:4]
+        torch.clamp_min(values.view(frames.shape), 0, out=frames)
+    if end < len(x):
+        h[end:] = _convolve(x[end - 1 :], layer)[1:].relu_()
     return h
