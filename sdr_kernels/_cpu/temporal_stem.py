@@ -1,4 +1,4 @@
-"""Stem on a CPU: each frame is one product of its 3 * k colour planes, pooled band by band while still in cache."""
+"""Stem on a CPU: products of a frame's 3 * k colour planes, pooled band by band while still in cache."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from sdr_kernels._ops import empty_channels_last
 from sdr_kernels.temporal_stem import stem_shape
 
 GROUP = 4  # frames that a thread takes at a time
-BAND_BYTES = 4 << 20  # of the convolution's result at full resolution, all of it that exists at a time
+BAND_BYTES = 2 << 20  # of the convolution's result at one of four pixels, of which two exist at a time
 
 
 def temporal_stem_fwd(
@@ -42,36 +42,37 @@ def temporal_stem_fwd(
 
 
 def _padded_frames(clip: Tensor, k: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-    """clip: [3, T, H, W] to float32 frames, normalised, even columns before odd ones, [T + k - 1, 3, H', 2, W / 2].
+    """clip: [3, T, H, W] to float32 frames, normalised, [T + k - 1, 3, 4, H // 2, W // 2]: four pixels are one's pool.
 
-    H' is even: an odd last row or column is in no pool. At both ends are k // 2 frames of zeros.
+    An odd last row or column is in no pool. At both ends are k // 2 frames of zeros.
     """
     _, T, H, W = clip.shape
-    frames = clip.new_empty((T + k - 1, 3, H // 2 * 2, 2, W // 2), dtype=torch.float32)
+    frames = clip.new_empty((T + k - 1, 3, 2, 2, H // 2, W // 2), dtype=torch.float32)
     frames[: k // 2], frames[k // 2 + T :] = 0, 0
-    columns = clip[:, :, : H // 2 * 2, : W // 2 * 2].unflatten(3, (W // 2, 2))
-    inside = frames[k // 2 : k // 2 + T].copy_(columns.permute(1, 0, 2, 4, 3))
+    pixels = clip[:, :, : H // 2 * 2, : W // 2 * 2].unflatten(3, (W // 2, 2)).unflatten(2, (H // 2, 2))
+    inside = frames[k // 2 : k // 2 + T].copy_(pixels.permute(1, 0, 3, 5, 2, 4))
     if mean is not None:
-        mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (mean, std))
+        mean, std = (torch.tensor(values).view(3, 1, 1, 1, 1) for values in (mean, std))
         inside.div_(255).sub_(mean).div_(std)
-    return frames
+    return frames.flatten(2, 3)
 
 
 def _stem(taps: Tensor, shift: Tensor, group: tuple[Tensor, Tensor]) -> None:
-    """taps: [k * 3, C]; shift: [C]; group: frames, [T + k - 1, 3, H, 2, W / 2], and their result, [T, H', W', C]."""
+    """taps: [k * 3, C]; shift: [C]; group: padded frames, [T + k - 1, 3, 4, H, W], and results, [T, H', W', C]."""
     frames, out = group
-    H, _, half = frames.shape[2:]
+    H, W = frames.shape[3:]
     planes, C = taps.shape
-    rows = min(H, max(2, BAND_BYTES // (8 * half * C) // 2 * 2))
-    band, pooled = frames.new_empty(rows * 2 * half, C), frames.new_empty(H // 2, half, C)
+    pooled = frames.new_empty(H, W, C)
+    bands = pooled.view(H * W, C).split(max(1, BAND_BYTES // (4 * W * C)) * W)
+    other = torch.empty_like(bands[0])
     for t, result in enumerate(out):
-        patches = frames[t : t + planes // 3].view(planes, H * 2 * half).t()
-        for top in range(0, H, rows):
-            bottom = min(top + rows, H)
-            place = slice(top * 2 * half, bottom * 2 * half)
-            y = torch.mm(patches[place], taps, out=band[: place.stop - place.start])
-            quads = y.view(-1, 2, 2, half, C)  # two rows of even and odd columns: long runs, where pairs are short
-            even, odd = torch.maximum(quads[:, 0], quads[:, 1]).unbind(1)
-            torch.maximum(even, odd, out=pooled[top // 2 : bottom // 2])
+        first, *others = frames[t : t + planes // 3].view(planes, 4, H * W).unbind(1)
+        start = 0
+        for band in bands:
+            place = slice(start, start + len(band))
+            torch.mm(first[:, place].t(), taps, out=band)
+            for pixels in others:
+                torch.maximum(band, torch.mm(pixels[:, place].t(), taps, out=other[: len(band)]), out=band)
+            start = place.stop
         y = max_of_threes(max_of_threes(pooled, 0), 1)
         torch.add(y, shift, out=result).relu_()
