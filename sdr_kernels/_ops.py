@@ -26,7 +26,7 @@ def register(op: str, name: str, signature: str, fake: Callable) -> Callable:
     """Define ``sdr_kernels::name`` whose last argument ``str impl`` names the folder of its launcher.
 
     Args:
-        op: the module under ``_triton/`` and ``_cpu/`` that defines ``name``.
+        op: the module under ``_triton/`` or ``_cpu/``, or both, that defines ``name``.
         name: of the torch op and of its launchers.
         signature: arguments and result, in torch.library's language.
         fake: shapes and dtypes of the result; called without ``impl``.

@@ -21,6 +21,9 @@ class FoldedConv(NamedTuple):
     shift: Tensor  # [V, C_out], float32
 
 
+Triple = tuple[Tensor, Tensor | None, Tensor]  # what a FoldedConv names
+
+
 class FoldedBottleneck(NamedTuple):
     """The arguments of :func:`temporal_bottleneck` behind x."""
 
@@ -62,8 +65,8 @@ def temporal_bottleneck_reference(
     return max_pool(out, (2, 1, 1)) if time_pool else out
 
 
-def _shape(x: Tensor, C: int, pools: Sequence[bool], time_pools: Sequence[bool]) -> tuple[int, ...]:
-    """The result's, of C channels."""
+def bottleneck_shape(x: Tensor, C: int, pools: Sequence[bool], time_pools: Sequence[bool]) -> tuple[int, ...]:
+    """Of the result, which has C channels; a flag of each block in either sequence."""
     B, V, _, T, H, W = x.shape
     return B, V, C, T >> sum(time_pools), H >> sum(pools), W >> sum(pools)
 
@@ -76,7 +79,7 @@ def _fake_fwd(x: Tensor, *arguments: Tensor | bool | None) -> Tensor:
 def _fake_chain_fwd(
     x: Tensor, layers: Sequence[Tensor | None], pools: Sequence[bool], time_pools: Sequence[bool]
 ) -> Tensor:
-    return empty_channels_last(x, _shape(x, layers[-6].shape[1], pools, time_pools))
+    return empty_channels_last(x, bottleneck_shape(x, layers[-6].shape[1], pools, time_pools))
 
 
 _fwd = register(
@@ -130,7 +133,7 @@ def temporal_bottleneck(
         TypeError: a dtype is wrong.
         RuntimeError: the named implementation cannot run here, or a gradient is asked of it.
     """
-    block = named(a, b, c, branch1, pool, time_pool)
+    block = fold_names(a, b, c, branch1, pool, time_pool)
     check_bottleneck(x, block)
     inner = block.a.weight.shape[1]
     no_tile = f"a must have at most {MAX_INNER} inner channels, got {inner}" if inner > MAX_INNER else ""
@@ -159,16 +162,20 @@ def bottleneck_chain(x: Tensor, blocks: Sequence[FoldedBottleneck], *, impl: str
     """
     if len(blocks) == 0:
         raise ValueError("blocks must hold at least one bottleneck, got none")
-    blocks = [named(*block) for block in blocks]
+    given, blocks, between = blocks, [], x
+    for i, arguments in enumerate(given):
+        try:
+            block = fold_names(*arguments)
+            check_bottleneck(between, block)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"blocks[{i}]: {error}") from error
+        blocks.append(block)
+        shape = bottleneck_shape(between, block.c.weight.shape[1], [block.pool], [block.time_pool])
+        between = x.new_empty(()).expand(shape)  # no memory, only what there is to check
     if select_impl(impl, x, has_cpu=True, unfit=_why_unfit(x, *blocks)) != "cpu":
         for *layers, pool, time_pool in blocks:
             x = temporal_bottleneck(x, *layers, pool=pool, time_pool=time_pool, impl=impl)
         return x
-    between = x
-    for block in blocks:
-        check_bottleneck(between, block)
-        shape = _shape(between, block.c.weight.shape[1], [block.pool], [block.time_pool])
-        between = x.new_empty(()).expand(shape)  # no memory, only what there is to check
     tensors = [tensor for block in blocks for tensor in block.tensors]
     return _chain_fwd(x, tensors, [block.pool for block in blocks], [block.time_pool for block in blocks], "cpu")
 
@@ -179,10 +186,7 @@ def _why_unfit(x: Tensor, *blocks: FoldedBottleneck) -> str:
     return needs_gradient(x, *(tensor for block in blocks for tensor in block.tensors))
 
 
-Triple = tuple[Tensor, Tensor | None, Tensor]
-
-
-def named(
+def fold_names(
     a: Triple, b: Triple, c: Triple, branch1: Triple | None = None, pool: bool = False, time_pool: bool = False
 ) -> FoldedBottleneck:
     """The layers by names; ValueError unless they are triples."""

@@ -6,7 +6,6 @@ rows and weights, and a temporal tap a shift by whole frames.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from sdr_kernels._cpu.pooling import max_of_pairs
 from sdr_kernels._cpu.workers import side_by_side
 from sdr_kernels._ops import empty_channels_last
+from sdr_kernels.temporal_bottleneck import bottleneck_shape
 
 MIN_SLAB = 4  # rows of the first block's map; products of fewer take longer for the same work
 MIN_WINOGRAD = 128  # input channels from which fewer products are worth the sums of frames that they take
@@ -25,7 +25,7 @@ class _Layer(NamedTuple):
 
     taps: Tensor  # [k, C_in, C_out]
     bias: Tensor  # [C_out]
-    factors: Tensor | None = None  # [6, C_in, C_out], Winograd's
+    factors: Tensor | None = None  # [4, C_in, C_out], Winograd's
 
 
 class _Block(NamedTuple):
@@ -49,23 +49,23 @@ def bottleneck_chain_fwd(
     x: Tensor, layers: Sequence[Tensor | None], pools: Sequence[bool], time_pools: Sequence[bool]
 ) -> Tensor:
     """In float32; only the result has x's dtype. layers: weight, scale and shift of a, b, c, branch1 of every block."""
-    B, V, _, T, H, W = x.shape
-    out = empty_channels_last(x, (B, V, layers[-6].shape[1], T >> sum(time_pools), H >> sum(pools), W >> sum(pools)))
+    shape = bottleneck_shape(x, layers[-6].shape[1], pools, time_pools)  # c's weight, of the last block
+    out = empty_channels_last(x, shape)
+    per_block = [(layers[12 * i : 12 * i + 12], *pair) for i, pair in enumerate(zip(pools, time_pools, strict=True))]
+    folded = side_by_side(_fold_block, [(v, *block) for v in range(x.shape[1]) for block in per_block])
     rows = max(MIN_SLAB, 1 << sum(pools))
-    for v in range(V):
-        per_block = [
-            (layers[12 * i : 12 * i + 12], *pair) for i, pair in enumerate(zip(pools, time_pools, strict=True))
-        ]
-        blocks = side_by_side(partial(_fold_block, v), per_block)
-        slabs = []
+    slabs = []
+    for v in range(x.shape[1]):
+        blocks = folded[v * len(pools) : (v + 1) * len(pools)]
         for clip, result in zip(x[:, v].movedim(1, -1), out[:, v].movedim(1, -1), strict=True):
-            slabs += zip(clip.split(rows, 1), result.split(rows >> sum(pools), 1), strict=False)  # odd rows are dropped
-        side_by_side(partial(_run_slab, blocks), slabs)
+            parts = zip(clip.split(rows, 1), result.split(rows >> sum(pools), 1), strict=False)  # odd rows are dropped
+            slabs += [(blocks, *part) for part in parts]
+    side_by_side(_run_slab, slabs)
     return out
 
 
-def _fold_block(v: int, block: tuple[Sequence[Tensor | None], bool, bool]) -> _Block:
-    layers, pool, time_pool = block
+def _fold_block(block: tuple[int, Sequence[Tensor | None], bool, bool]) -> _Block:
+    v, layers, pool, time_pool = block
     a, b, c, branch1 = (_fold(v, *layers[i : i + 3]) for i in range(0, 12, 3))
     if len(a.taps) == 3 and a.taps.shape[1] >= MIN_WINOGRAD:
         a = a._replace(factors=_winograd_factors(a.taps))
@@ -82,9 +82,9 @@ def _fold(v: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | N
     return _Layer(taps.permute(2, 1, 0).contiguous(), shift[v])
 
 
-def _run_slab(blocks: Sequence[_Block], slab: tuple[Tensor, Tensor]) -> None:
-    """Write the blocks' result of the first, [T, H, W, C_in], to the second, [T', H', W', C_out]."""
-    x, out = slab
+def _run_slab(slab: tuple[Sequence[_Block], Tensor, Tensor]) -> None:
+    """Write the blocks' result of the first tensor, [T, H, W, C_in], to the second, [T', H', W', C_out]."""
+    blocks, x, out = slab
     x = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     for block in blocks:
         x = _run_block(x, block)
@@ -114,7 +114,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _convolve_relu(x: Tensor, layer: _Layer) -> Tensor:
     """x: [T, H, W, C_in] to [T, H, W, C_out]; by Winograd's minimal filtering where the layer has its factors."""
-    if layer.factors is not None and len(x) >= 4:
+    if layer.factors is not None and len(x) > 1:
         h = _winograd_relu(x, layer)
         if h.sum().isfinite():  # else perhaps for infinities, of which it takes differences and the definition does not
             return h
@@ -135,44 +135,37 @@ def _convolve(x: Tensor, layer: _Layer) -> Tensor:
 
 
 def _winograd_factors(taps: Tensor) -> Tensor:
-    """What the sums of frames are multiplied by: the filter in F(4, 3), at points 0, 1, -1, 2, -2 and infinity.
+    """What the sums of frames are multiplied by: the filter's transform in F(2, 3), its last row negated.
 
-    taps: [3, C_in, C_out]; returns [6, C_in, C_out].
+    taps: [3, C_in, C_out]; returns [4, C_in, C_out].
     """
-    rows = [6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]
-    return torch.tensordot(taps.new_tensor(rows) / 24, taps, 1)
+    first, middle, last = taps
+    outer, half = (first + last) / 2, middle / 2
+    return torch.stack([first, outer + half, outer - half, -last])
 
 
 def _winograd_relu(x: Tensor, layer: _Layer) -> Tensor:
-    """Four frames by six products instead of twelve: F(4, 3) of Lavin and Gray (CVPR 2016); a rest tap by tap."""
-    end = len(x) // 4 * 4
-    d1, d2, d3, d4 = (x[i:end:4] for i in range(4))  # the frames of the results; d0 comes before and d5 after them
-    p, q = torch.sub(d4, d2, alpha=4), torch.sub(d3, d1, alpha=4)
-    d = p + q
-    m1 = torch.addmm(layer.bias, _rows(d), layer.factors[1])
-    m2 = torch.mm(_rows(torch.sub(p, q, out=d)), layer.factors[2])
-    torch.sub(d4, d2, out=p)
-    torch.sub(d3, d1, out=q)
-    m3 = torch.mm(_rows(torch.add(p, q, alpha=2, out=d)), layer.factors[3])
-    m4 = torch.mm(_rows(torch.sub(p, q, alpha=2, out=d)), layer.factors[4])
-    inner, outer, outer_difference = m1 + m2, m3 + m4, m3.sub_(m4)
-    inner_difference = m1.sub_(m2)
-    y = [
-        inner + outer,
-        torch.add(inner_difference, outer_difference, alpha=2),
-        inner.add_(outer, alpha=4),
-        inner_difference.add_(outer_difference, alpha=8),
-    ]
-    torch.neg(d2[0], out=d[0])
-    torch.sub(d4[:-1], d2[1:], out=d[1:])
-    y[0].addmm_(_rows(p.add_(d, alpha=4)), layer.factors[0])  # 4 d0 - 5 d2 + d4
-    torch.sub(x[end] if end < len(x) else 0, d3[-1], out=d[-1])
-    torch.sub(d1[1:], d3[:-1], out=d[:-1])
-    y[3].addmm_(_rows(d.sub_(q, alpha=4)), layer.factors[5])  # 4 d1 - 5 d3 + d5
+    """Two frames by four products instead of six: F(2, 3) of Lavin and Gray (CVPR 2016).
+
+    Longer tiles would take fewer products, but round a frame by frames that it does not depend on.
+    """
+    end = len(x) // 2 * 2
+    even, odd = x[:end:2], x[1:end:2]
+    d = even + odd
+    both = torch.addmm(layer.bias, _rows(d), layer.factors[1])
+    torch.sub(odd, even, out=d)
+    apart = torch.mm(_rows(d), layer.factors[2])
+    outputs = both + apart, both.sub_(apart)
+    torch.neg(odd[0], out=d[0])
+    torch.sub(odd[:-1], odd[1:], out=d[1:])
+    outputs[0].addmm_(_rows(d), layer.factors[0])
+    torch.sub(even[:-1], even[1:], out=d[:-1])
+    torch.sub(even[-1], x[end] if end < len(x) else 0, out=d[-1])
+    outputs[1].addmm_(_rows(d), layer.factors[3])
     h = x.new_empty(*x.shape[:3], len(layer.bias))
-    for i, values in enumerate(y):
-        frames = h[i:end:4]
-        torch.clamp_min(values.view(frames.shape), 0, out=frames)
+    for parity, y in enumerate(outputs):
+        frames = h[parity:end:2]
+        torch.clamp_min(y.view(frames.shape), 0, out=frames)
     if end < len(x):
         h[end:] = _convolve(x[end - 1 :], layer)[1:].relu_()
     return h

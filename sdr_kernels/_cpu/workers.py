@@ -6,9 +6,9 @@ small op, and many times that where another process keeps one of them from runni
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, Lock
 from typing import TypeVar
 
 import torch
@@ -16,9 +16,19 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_pools: dict[int, ThreadPoolExecutor] = {}
+_lock = Lock()
 
-@cache
+
 def _pool(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _pools:
+            _pools[threads] = _start(threads)
+        return _pools[threads]
+
+
+def _start(threads: int) -> ThreadPoolExecutor:
+    """A thread of the user's that first meets torch meanwhile runs its ops alone, too: torch has no other way."""
     pool, all_here = ThreadPoolExecutor(threads, thread_name_prefix="sdr"), Barrier(threads)
 
     def run_ops_alone(_: int) -> None:
@@ -26,23 +36,50 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)  # of this thread, and of those that start later
         all_here.wait()
 
-    list(pool.map(run_ops_alone, range(threads)))
-    torch.set_num_threads(threads)
+    try:
+        list(pool.map(run_ops_alone, range(threads)))
+    except BaseException:  # a thread could not start: the others must not wait for it for ever
+        all_here.abort()
+        pool.shutdown()
+        raise
+    finally:
+        torch.set_num_threads(threads)
     return pool
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the threads
+def _forget() -> None:
+    global _lock
+    _pools.clear()
+    _lock = Lock()
+
+
+os.register_at_fork(after_in_child=_forget)  # a child has none of the threads
 
 
 def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``function`` of every item, in order, without gradients, on as many threads as torch uses for an op."""
+    """``function`` of every item, in order, on as many threads as torch uses for an op; no gradients, no autocast."""
     inference = torch.is_inference_mode_enabled()
 
     def run(item: Item) -> Result:
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
             return function(item)
 
     threads = torch.get_num_threads()
     if threads == 1 or len(items) == 1:
         return [run(item) for item in items]
-    return list(_pool(threads).map(run, items))
+    futures = _submit(threads, run, items)
+    try:
+        return [future.result() for future in futures] + [run(item) for item in items[len(futures) :]]
+    finally:
+        for future in futures:
+            future.cancel()  # those behind an error
+
+
+def _submit(threads: int, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Future[Result]]:
+    """Fewer than items where no thread can start, or none takes work any more, since the main thread has ended."""
+    futures = []
+    with suppress(RuntimeError):
+        pool = _pool(threads)
+        for item in items:
+            futures.append(pool.submit(function, item))
+    return futures
