@@ -147,7 +147,7 @@ def bottleneck_chain(x: Tensor, blocks: Sequence[FoldedBottleneck], *, impl: str
     """Bottlenecks one after the other; for inference.
 
     On a CPU faster than :func:`temporal_bottleneck` block by block: slabs of rows run through all blocks side by side,
-    and what lies between two blocks stays in the cache. Elsewhere it is the same.
+    and what lies between two blocks stays in the cache, in float32. Elsewhere it is the same.
 
     Args:
         x: [B, V, C_in, T, H, W], as the first block takes it.
