@@ -234,6 +234,22 @@ def test_a_rehearsal_never_writes_among_the_results():
     assert not (ROOT / "bench" / "results" / "new").exists()
 
 
+def test_a_model_check_that_raises_has_failed_and_the_next_one_runs(bench, monkeypatch, tmp_path):
+    correctness, calls = bench("correctness"), []
+
+    def check(model, views, dtype, repeats):
+        calls.append(dtype)
+        if dtype == torch.bfloat16:
+            raise RuntimeError("out of memory")
+        return {"errors": {}, "repeats": repeats, "bit_equal": True}
+
+    monkeypatch.setattr(correctness, "check_model", check)
+    results = correctness.check_dtype(("bf16", "fp16"), bench("machine").Machine(True, tmp_path / "report.json"))
+    assert calls == [torch.bfloat16, torch.float16] * 2
+    assert "out of memory" in results["paper bf16"]
+    assert [correctness.passed(results[f"paper {name}"]) for name in ("bf16", "fp16")] == [False, True]
+
+
 def test_the_sanitizer_runs_every_kernel(bench):
     kernels = {path.stem for path in (ROOT / "sdr_kernels" / "_triton").glob("[!_]*.py")}
     assert set(bench("sanitizer").SMALL_SHAPES) == kernels

@@ -1,5 +1,6 @@
 """Work on threads of our own: in order, without gradients, and without a trace in torch's settings."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -83,6 +84,17 @@ def test_the_first_callers_share_a_pool(monkeypatch):
     for caller in callers:
         caller.join()
     assert len(pools) == 1
+
+
+def test_a_pool_that_takes_no_work_is_told_in_the_log(monkeypatch, caplog):
+    def refuse(threads):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(workers, "_pool", refuse)
+    torch.set_num_threads(2)
+    with caplog.at_level(logging.INFO):
+        assert side_by_side(abs, [-1, -2]) == [1, 2]
+    assert [r.message for r in caplog.records] == ["2 of 2 pieces run on the caller's thread: can't start new thread"]
 
 
 def test_calls_may_nest():

@@ -4,10 +4,10 @@ An op of torch that runs on all cores ends with its threads waiting for each oth
 small op, and many times that where another process keeps one of them from running.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from threading import Barrier, Lock
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = Lock()
 
@@ -78,8 +79,12 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
 def _submit(threads: int, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Future[Result]]:
     """Fewer than items where no thread can start, or none takes work any more, since the main thread has ended."""
     futures = []
-    with suppress(RuntimeError):
+    try:
         pool = _pool(threads)
         for item in items:
             futures.append(pool.submit(function, item))
+    except RuntimeError as error:  # only of the pool: what function raises is in its future
+        logger.info(
+            "%d of %d pieces of work run on the caller's thread: %s", len(items) - len(futures), len(items), error
+        )
     return futures
