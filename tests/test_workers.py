@@ -94,7 +94,9 @@ def test_a_pool_that_takes_no_work_is_told_in_the_log(monkeypatch, caplog):
     torch.set_num_threads(2)
     with caplog.at_level(logging.INFO):
         assert side_by_side(abs, [-1, -2]) == [1, 2]
-    assert [r.message for r in caplog.records] == ["2 of 2 pieces run on the caller's thread: can't start new thread"]
+    assert [r.message for r in caplog.records] == [
+        "2 of 2 pieces of work run on the caller's thread: can't start new thread"
+    ]
 
 
 def test_calls_may_nest():
