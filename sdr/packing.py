@@ -43,10 +43,14 @@ def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: 
 
     def layer(name: str) -> FoldedConv:
         conv = fold([getattr(b, name) for b in blocks], [getattr(b, f"{name}_bn") for b in blocks], dtype)
-        if dtype == torch.float32 and conv.weight.device.type == "cpu":  # where the op would do it at every call
-            conv = FoldedConv(conv.weight * conv.scale[..., None, None], None, conv.shift)
-        # the kernels' order of memory, [V, k, C_in, C_out], or they would copy it at every call
-        return conv._replace(weight=conv.weight.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1))
+        if conv.weight.device.type == "cpu":
+            order, back = (0, 3, 1, 2), (0, 2, 3, 1)  # [V, k, C_out, C_in]
+            if dtype == torch.float32:
+                conv = FoldedConv(conv.weight * conv.scale[..., None, None], None, conv.shift)
+        else:
+            order, back = (0, 3, 2, 1), (0, 3, 2, 1)  # [V, k, C_in, C_out]
+        # the kernels' order of memory, in which they need no copy at every call
+        return conv._replace(weight=conv.weight.permute(order).contiguous().permute(back))
 
     first = blocks[0]
     branch1 = layer("branch1") if first.has_branch1 else None

@@ -6,12 +6,14 @@ rows and weights, and a temporal tap a shift by whole frames.
 """
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdr_kernels._cpu.pooling import max_of_pairs
+from sdr_kernels._cpu.products import add_product, multiply, pack
 from sdr_kernels._cpu.workers import side_by_side
 from sdr_kernels._ops import empty_channels_last
 from sdr_kernels.temporal_bottleneck import bottleneck_shape
@@ -21,11 +23,11 @@ MIN_WINOGRAD = 128  # input channels from which fewer products are worth the sum
 
 
 class _Layer(NamedTuple):
-    """A convolution and the batch norm after it, as one convolution in float32."""
+    """A convolution and the batch norm after it, as one convolution in float32; weights are [C_out, C_in]."""
 
-    taps: Tensor  # [k, C_in, C_out]
+    taps: Sequence[Tensor]
     bias: Tensor  # [C_out]
-    factors: Tensor | None = None  # [4, C_in, C_out], Winograd's
+    factors: Sequence[Tensor] | None = None  # Winograd's four
 
 
 class _Block(NamedTuple):
@@ -51,9 +53,12 @@ def bottleneck_chain_fwd(
     """In float32; only the result has x's dtype. layers: weight, scale and shift of a, b, c, branch1 of every block."""
     shape = bottleneck_shape(x, layers[-6].shape[1], pools, time_pools)  # c's weight, of the last block
     out = empty_channels_last(x, shape)
-    per_block = [(layers[12 * i : 12 * i + 12], *pair) for i, pair in enumerate(zip(pools, time_pools, strict=True))]
-    folded = side_by_side(_fold_block, [(v, *block) for v in range(x.shape[1]) for block in per_block])
     rows = max(MIN_SLAB, 1 << sum(pools))
+    per_block = []
+    for i, pair in enumerate(zip(pools, time_pools, strict=True)):
+        frames, _, width = bottleneck_shape(x, 0, pools[:i], time_pools[:i])[3:]
+        per_block.append((layers[12 * i : 12 * i + 12], *pair, frames, (rows >> sum(pools[:i])) * width))
+    folded = side_by_side(_fold_block, [(v, *block) for v in range(x.shape[1]) for block in per_block])
     slabs = []
     for v in range(x.shape[1]):
         blocks = folded[v * len(pools) : (v + 1) * len(pools)]
@@ -64,22 +69,29 @@ def bottleneck_chain_fwd(
     return out
 
 
-def _fold_block(block: tuple[int, Sequence[Tensor | None], bool, bool]) -> _Block:
-    v, layers, pool, time_pool = block
+def _fold_block(block: tuple[int, Sequence[Tensor | None], bool, bool, int, int]) -> _Block:
+    """Branch v's; frames and positions are T and H * W of a slab at the block's input."""
+    v, layers, pool, time_pool, frames, positions = block
+    rows = frames * positions
     a, b, c, branch1 = (_fold(v, *layers[i : i + 3]) for i in range(0, 12, 3))
-    if len(a.taps) == 3 and a.taps.shape[1] >= MIN_WINOGRAD:
-        a = a._replace(factors=_winograd_factors(a.taps))
     if branch1 is not None:  # a constant may pass the pool, where there is less to add it to
-        c = c._replace(bias=branch1.bias + c.bias)
-    return _Block(a, b, c, branch1, pool, time_pool)
+        branch1, c = _pack(branch1, rows), c._replace(bias=branch1.bias + c.bias)
+    if len(a.taps) == 3 and a.taps[0].shape[1] >= MIN_WINOGRAD:  # the taps are for the rare frame, and stay as they are
+        a = a._replace(factors=[pack(factor, frames // 2 * positions) for factor in _winograd_factors(a.taps)])
+    else:
+        a = _pack(a, rows)
+    return _Block(a, _pack(b, rows), _pack(c, rows // 4 if pool else rows), branch1, pool, time_pool)
 
 
 def _fold(v: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> _Layer | None:
-    """Branch v; no copy where the scale is in the weights and these are float32 in the kernels' order of memory."""
     if weight is None:
         return None
     taps = weight[v].float() if scale is None else weight[v].float() * scale[v, :, None, None]
-    return _Layer(taps.permute(2, 1, 0).contiguous(), shift[v])
+    return _Layer(taps.permute(2, 0, 1).contiguous().unbind(), shift[v].contiguous())
+
+
+def _pack(layer: _Layer, rows: int) -> _Layer:
+    return layer._replace(taps=[pack(tap, rows) for tap in layer.taps])
 
 
 def _run_slab(slab: tuple[Sequence[_Block], Tensor, Tensor]) -> None:
@@ -95,28 +107,19 @@ def _run_block(x: Tensor, block: _Block) -> Tensor:
     """x: [T, H, W, C_in], which is overwritten, to [T', H', W', C_out]."""
     a, b, c, branch1, pool, time_pool = block
     h = _convolve_relu(x, a)
-    h = torch.addmm(b.bias, _rows(h), b.taps[0]).relu_().view(h.shape)
-    if branch1 is None:
-        y = x.add_(c.bias)
-    elif pool:
-        y = torch.mm(_rows(x), branch1.taps[0]).view(*x.shape[:3], -1)
+    h = multiply(h, b.taps[0], b.bias)
+    y = x if branch1 is None else multiply(x, branch1.taps[0])
+    if pool:
         y, h = (max_of_pairs(max_of_pairs(z, -3), -2) for z in (y, h))
-        y += c.bias
-    else:
-        y = torch.addmm(c.bias, _rows(x), branch1.taps[0]).view(*x.shape[:3], -1)
-    _rows(y).addmm_(_rows(h), c.taps[0]).relu_()
-    return max_of_pairs(y, -4) if time_pool else y
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.view(-1, x.shape[-1])
+    add_product(y, h.relu_(), c.taps[0], c.bias)
+    return (max_of_pairs(y, -4) if time_pool else y).relu_()
 
 
 def _convolve_relu(x: Tensor, layer: _Layer) -> Tensor:
     """x: [T, H, W, C_in] to [T, H, W, C_out]; by Winograd's minimal filtering where the layer has its factors."""
     if layer.factors is not None and len(x) > 1:
         h = _winograd_relu(x, layer)
-        if h.sum().isfinite():  # else perhaps for infinities, of which it takes differences and the definition does not
+        if isfinite(h.sum().item()):  # else perhaps for differences of infinities, which the definition does not take
             return h
     return _convolve(x, layer).relu_()
 
@@ -124,24 +127,21 @@ def _convolve_relu(x: Tensor, layer: _Layer) -> Tensor:
 def _convolve(x: Tensor, layer: _Layer) -> Tensor:
     """Tap by tap, zero-padded in time."""
     T, k = len(x), len(layer.taps)
-    out = torch.addmm(layer.bias, _rows(x), layer.taps[k // 2]).view(*x.shape[:3], -1)
+    out = multiply(x, layer.taps[k // 2], layer.bias)
     for tap in range(k):
         offset = tap - k // 2
         inside = T - abs(offset)
         if offset and inside > 0:
             shifted = x[max(0, offset) :][:inside]
-            _rows(out[max(0, -offset) :][:inside]).addmm_(_rows(shifted), layer.taps[tap])
+            add_product(out[max(0, -offset) :][:inside], shifted, layer.taps[tap])
     return out
 
 
-def _winograd_factors(taps: Tensor) -> Tensor:
-    """What the sums of frames are multiplied by: the filter's transform in F(2, 3), its last row negated.
-
-    taps: [3, C_in, C_out]; returns [4, C_in, C_out].
-    """
+def _winograd_factors(taps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the sums of frames are multiplied by: the filter's transform in F(2, 3), its last row negated."""
     first, middle, last = taps
     outer, half = (first + last) / 2, middle / 2
-    return torch.stack([first, outer + half, outer - half, -last])
+    return first, outer + half, outer - half, -last
 
 
 def _winograd_relu(x: Tensor, layer: _Layer) -> Tensor:
@@ -152,20 +152,19 @@ def _winograd_relu(x: Tensor, layer: _Layer) -> Tensor:
     end = len(x) // 2 * 2
     even, odd = x[:end:2], x[1:end:2]
     d = even + odd
-    both = torch.addmm(layer.bias, _rows(d), layer.factors[1])
+    both = multiply(d, layer.factors[1], layer.bias)
     torch.sub(odd, even, out=d)
-    apart = torch.mm(_rows(d), layer.factors[2])
+    apart = multiply(d, layer.factors[2])
     outputs = both + apart, both.sub_(apart)
     torch.neg(odd[0], out=d[0])
     torch.sub(odd[:-1], odd[1:], out=d[1:])
-    outputs[0].addmm_(_rows(d), layer.factors[0])
+    add_product(outputs[0], d, layer.factors[0])
     torch.sub(even[:-1], even[1:], out=d[:-1])
     torch.sub(even[-1], x[end] if end < len(x) else 0, out=d[-1])
-    outputs[1].addmm_(_rows(d), layer.factors[3])
+    add_product(outputs[1], d, layer.factors[3])
     h = x.new_empty(*x.shape[:3], len(layer.bias))
     for parity, y in enumerate(outputs):
-        frames = h[parity:end:2]
-        torch.clamp_min(y.view(frames.shape), 0, out=frames)
+        torch.clamp_min(y, 0, out=h[parity:end:2])
     if end < len(x):
         h[end:] = _convolve(x[end - 1 :], layer)[1:].relu_()
     return h
