@@ -19,7 +19,7 @@ from sdr.ftcn import STEM_KERNEL, Bottleneck, Stem, res_kernel
 from sdr.packing import fold, pack_blocks
 from sdr_kernels import bottleneck_chain, temporal_stem
 
-PAIRS = 9
+PAIRS = 21
 # each stage's first and second block: channels of the input, inner channels, T, H = W, pool
 BLOCKS = {
     "res2.0": (64, 64, 32, 56, False),
