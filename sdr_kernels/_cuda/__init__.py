@@ -1,0 +1,1 @@
+"""Launchers of the CUDA kernels in ``csrc/``: ``<op>.py`` launches ``csrc/<op>.cu`` through ``loader.py``."""
