@@ -1,7 +1,7 @@
 """How an op is registered with torch and which of its implementations runs.
 
-An op's module holds its reference, its schemas and its public function; ``_triton/<op>.py`` and ``_cpu/<op>.py`` hold
-launchers of the same names, imported when the op first runs, so that schemas exist without Triton.
+An op's module holds its reference, its schemas and its public function; ``_triton/<op>.py``, ``_cuda/<op>.py`` and
+``_cpu/<op>.py`` hold launchers of the same names, imported when the op first runs: schemas exist without Triton.
 """
 
 import logging
@@ -14,7 +14,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "cpu", "triton")
+IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
+# kernels for GPUs in the order in which "auto" tries them, fastest first as measured; Triton's alone where not named
+GPU_ORDER = {
+    "temporal_conv3d": ("triton", "cuda"),  # not measured yet
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # older GPUs have no bf16 tensor cores: Triton compiles the products to scalar code
 
@@ -26,7 +30,7 @@ def register(op: str, name: str, signature: str, fake: Callable) -> Callable:
     """Define ``sdr_kernels::name`` whose last argument ``str impl`` names the folder of its launcher.
 
     Args:
-        op: the module under ``_triton/`` or ``_cpu/``, or both, that defines ``name``.
+        op: the module under ``_triton/``, ``_cuda/`` or ``_cpu/``, or several, that defines ``name``.
         name: of the torch op and of its launchers.
         signature: arguments and result, in torch.library's language.
         fake: shapes and dtypes of the result; called without ``impl``.
@@ -48,28 +52,34 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def why_not_triton(device: torch.device) -> str:
-    """Empty where Triton kernels run on ``device``, else the reason why not."""
-    return _why_not_triton(device)
+def why_not(kernels: str, device: torch.device) -> str:
+    """Empty where "triton" or "cuda" kernels run on ``device``, else the reason why not."""
+    return _why_not(kernels, device)
 
 
 # what torch.compiler.assume_constant_result sets, which imports all of dynamo; tracing would warn of the cache
-why_not_triton._dynamo_marked_constant = True
+why_not._dynamo_marked_constant = True
 
 
 @cache
-def _why_not_triton(device: torch.device) -> str:
-    problem = _triton_problem(device)
+def _why_not(kernels: str, device: torch.device) -> str:
+    if kernels == "triton":
+        problem = _triton_problem(device)
+    else:
+        problem = import_module("sdr_kernels._cuda.loader").why_not_cuda(device)
     if problem and device.type == "cuda":
-        logger.warning("Triton kernels do not run on %s, so plain torch does: %s", device, problem)
+        logger.warning("impl='auto' passes over %s on %s: %s", kernels, device, problem)
     return problem
 
 
 def _triton_problem(device: torch.device) -> str:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if interpreted():
-        return ""
+    return "" if interpreted() else why_not_gpu(device)
+
+
+def why_not_gpu(device: torch.device) -> str:
+    """Empty where ``device`` is a GPU that kernels are written for, else the reason why not."""
     if device.type != "cuda":
         return f"it needs CUDA tensors, got {device}"
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
@@ -78,35 +88,65 @@ def _triton_problem(device: torch.device) -> str:
     return ""
 
 
-def select_impl(impl: str, x: Tensor, *, has_cpu: bool = False, unfit: str = "", no_tile: str = "") -> str:
-    """The implementation that runs: a named one, or raise; "auto" takes Triton on CUDA, the CPU's, then plain torch.
+def strict() -> bool:
+    """SDR_STRICT=1: where "auto" would pass over a kernel on a GPU, it raises."""
+    return os.environ.get("SDR_STRICT", "0") not in ("", "0")
+
+
+def select_impl(
+    impl: str,
+    x: Tensor,
+    *,
+    op: str = "",
+    has_cpu: bool = False,
+    unfit: str = "",
+    no_tile: str = "",
+    no_cuda: str = "",
+) -> str:
+    """The implementation that runs: a named one, or raise; "auto" takes a GPU's or the CPU's kernels, then plain torch.
 
     Args:
         impl: what the caller asked for.
         x: its device decides.
+        op: its name in ``GPU_ORDER``; without one it has Triton kernels alone.
         has_cpu: the op has an implementation for CPU tensors of its own.
         unfit: why no kernel takes these inputs, only the reference; empty where kernels do.
         no_tile: why these shapes have no Triton kernel; empty where they have one.
+        no_cuda: the same of CUDA kernels.
 
     Raises:
         ValueError: ``impl`` is none of the names.
-        RuntimeError: a named implementation cannot run on this device or on these shapes.
+        RuntimeError: a named implementation cannot run on this device or on these shapes, or ``strict()`` and "auto"
+            would pass over a kernel on a GPU.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    triton_problem = unfit or no_tile or why_not_triton(x.device)
-    if not has_cpu:
-        cpu_problem = "this op has no implementation of its own for CPU tensors"
-    else:
-        cpu_problem = unfit if x.device.type == "cpu" else f"it needs CPU tensors, got {x.device}"
-    if impl == "auto":
-        if x.device.type == "cuda" and not triton_problem:
-            return "triton"
-        return "cpu" if not cpu_problem else "reference"
-    problem = {"triton": triton_problem, "cpu": cpu_problem}.get(impl, "")
-    if problem:
-        raise RuntimeError(f"impl={impl!r} cannot run: {problem}")
-    return impl
+    gpu_order = GPU_ORDER.get(op, ("triton",))
+
+    def problem(name: str) -> str:
+        if name == "reference":
+            return ""
+        if name == "cpu":
+            if not has_cpu:
+                return "this op has no implementation of its own for CPU tensors"
+            return unfit if x.device.type == "cpu" else f"it needs CPU tensors, got {x.device}"
+        if name not in gpu_order:
+            return f"this op has no {name} kernel"
+        return unfit or (no_tile if name == "triton" else no_cuda) or why_not(name, x.device)
+
+    if impl != "auto":
+        if reason := problem(impl):
+            raise RuntimeError(f"impl={impl!r} cannot run: {reason}")
+        return impl
+    if x.device.type != "cuda":
+        return "reference" if problem("cpu") else "cpu"
+    for name in gpu_order:
+        reason = problem(name)
+        if not reason:
+            return name
+        if strict():
+            raise RuntimeError(f"SDR_STRICT is set and impl='auto' would pass over {name} on {x.device}: {reason}")
+    return "reference"
 
 
 def check_floating(**tensors: Tensor | None) -> None:

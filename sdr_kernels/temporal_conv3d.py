@@ -4,7 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdr_kernels._ops import check_floating, check_same, check_shape, empty_channels_last, register, select_impl
+from sdr_kernels._cuda.temporal_conv3d import why_unfit
+from sdr_kernels._ops import (
+    check_floating,
+    check_same,
+    check_shape,
+    empty_channels_last,
+    needs_gradient,
+    register,
+    select_impl,
+    why_not,
+)
 
 KERNEL_SIZES = (1, 3, 5)
 
@@ -110,7 +120,8 @@ def temporal_conv3d(
         shift: [V, C_out], like ``scale``; None is 0.
         residual: [B, V, C_out, T, H, W] of x's dtype; None is 0.
         relu: clip below 0 at the end.
-        impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
+        impl: "auto" (Triton on CUDA, else CUDA C++, else the reference), "reference", "triton", or "cuda", which takes
+            float16 and bfloat16.
 
     Returns:
         [B, V, C_out, T, H, W] of x's dtype, channels innermost in memory where a kernel ran.
@@ -121,10 +132,19 @@ def temporal_conv3d(
         RuntimeError: the named implementation cannot run here.
     """
     check_conv(x, weight, scale, shift, residual)
-    impl = select_impl(impl, x, unfit="" if x.dtype != torch.float64 else "x must not be float64")
+    unfit = "x must not be float64" if x.dtype == torch.float64 else ""
+    impl = select_impl(
+        impl, x, op="temporal_conv3d", unfit=unfit, no_cuda=why_unfit(x) or _why_no_dweight(weight, scale)
+    )
     if impl == "reference":
         return temporal_conv3d_reference(x, weight, scale, shift, residual, relu)
     return _TemporalConv3d.apply(x, weight, scale, shift, residual, relu, impl)
+
+
+def _why_no_dweight(weight: Tensor, scale: Tensor | None) -> str:
+    """Why the CUDA kernel's backward cannot run: the gradients of weight and scale are Triton's there too."""
+    problem = why_not("triton", weight.device) if needs_gradient(weight, scale) else ""
+    return f"weight's gradient is Triton's: {problem}" if problem else ""
 
 
 def check_conv(x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None) -> None:

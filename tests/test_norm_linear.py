@@ -203,7 +203,7 @@ NORM = (torch.ones(5), torch.zeros(5), 1e-5)
         ({"residual": torch.zeros(2, 5)}, r"residual must be \[\.\.\., N\] = \[2, 3\], got \[2, 5\]"),
         ({"activation": "relu"}, "activation must be one of none, gelu, got 'relu'"),
         ({"bias": torch.zeros(3, device="meta")}, "bias must have x's device, cpu, got meta"),
-        ({"impl": "cuda"}, "impl must be one of .*got 'cuda'"),
+        ({"impl": "hip"}, "impl must be one of .*got 'hip'"),
     ],
 )
 def test_rejects_value(changes, message):

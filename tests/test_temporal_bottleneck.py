@@ -217,7 +217,7 @@ WIDE = [tuple(torch.zeros(2, *size) for size in sizes) for sizes in (
             RuntimeError,
             "a must have at most 512 inner channels, got 600",
         ),
-        ({"impl": "cuda"}, ValueError, "impl must be one of auto, reference, cpu, triton, got 'cuda'"),
+        ({"impl": "hip"}, ValueError, "impl must be one of auto, reference, cpu, triton, cuda, got 'hip'"),
         ({"x": X.half()}, TypeError, "a's weight must have x's dtype"),
     ],
 )

@@ -170,5 +170,5 @@ def test_wide_heads_are_left_to_the_reference(device):
 
 
 def test_rejects_unknown_impl():
-    with pytest.raises(ValueError, match=r"impl must be one of .*got 'cuda'"):
-        token_attention(torch.zeros(1, 2, 6), 1, impl="cuda")
+    with pytest.raises(ValueError, match=r"impl must be one of .*got 'hip'"):
+        token_attention(torch.zeros(1, 2, 6), 1, impl="hip")
