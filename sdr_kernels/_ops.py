@@ -17,6 +17,7 @@ from torch import Tensor
 IMPLS = ("auto", "reference", "cpu", "triton", "cuda")
 # kernels for GPUs in the order in which "auto" tries them, fastest first as measured; Triton's alone where not named
 GPU_ORDER = {
+    "sdr_loss": ("triton", "cuda"),  # not measured yet
     "temporal_conv3d": ("triton", "cuda"),  # not measured yet
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
