@@ -49,7 +49,7 @@ def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: 
                 conv = FoldedConv(conv.weight * conv.scale[..., None, None], None, conv.shift)
         else:
             order, back = (0, 3, 2, 1), (0, 3, 2, 1)  # [V, k, C_in, C_out]
-        # the kernels' order of memory, in which they need no copy at every call
+        # the kernels' order of memory, or they would copy it at every call
         return conv._replace(weight=conv.weight.permute(order).contiguous().permute(back))
 
     first = blocks[0]

@@ -1,30 +1,61 @@
-"""Products of rows and weights: oneDNN's pointwise convolution, whose weights are packed once; else torch's own.
+"""Products of rows and weights: oneDNN's pointwise convolution, whose weights are packed before; else torch's own.
 
 torch has no public call for a packed product, only the operators that its compiler writes. Their ReLU turns NaN into
-zero, so it is not used.
+zero, so it is not used. Sums of many channels round more than in torch's own products: four times as much from 1024 on.
 """
+
+import logging
+import platform
+from functools import cache
 
 import torch
 from torch import Tensor
 
-_NAMES = [(torch.ops.mkldnn, "_convolution_pointwise_"), (torch._C._nn, "mkldnn_reorder_conv2d_weight")]
-_HAVE_PACKED = torch.backends.mkldnn.is_available() and all(hasattr(place, name) for place, name in _NAMES)
+MIN_ROWS = 1024  # that a weight meets in a call; packing it costs more than it saves for fewer
 _GEOMETRY = [0, 0], [1, 1], [1, 1], 1  # padding, stride, dilation, groups
 
+logger = logging.getLogger(__name__)
 
-def pack(weight: Tensor, rows: int) -> Tensor:
-    """weight: [C_out, C_in], float32, contiguous. The result multiplies any number of rows, and ``rows`` fastest."""
-    if not (_HAVE_PACKED and torch.backends.mkldnn.enabled):
-        return weight
-    shape = [1, weight.shape[1], 1, max(1, rows)]
+
+@cache
+def packs() -> bool:
+    """Whether torch's private operators do here what they did when this was written; else the log says why not."""
+    if platform.machine() not in ("x86_64", "AMD64"):  # measured nowhere else
+        return False
+    try:
+        x, weight, bias = (torch.arange(1.0, n + 1, device="cpu") for n in (6, 4, 2))
+        packed = _reordered(weight.view(2, 2), 3)
+        y = multiply(x.view(3, 2), packed, bias)
+        add_product(y, x.view(3, 2), packed, bias)
+        if torch.equal(y, 2 * torch.tensor([[6.0, 13.0], [12.0, 27.0], [18.0, 41.0]], device="cpu")):
+            return True
+        problem = "they compute something else"
+    except Exception as error:  # whatever a changed operator may raise
+        problem = str(error).partition("\n")[0]
+    logger.info("products on this CPU are torch's own, with no weights packed: %s", problem)
+    return False
+
+
+def _reordered(weight: Tensor, rows: int) -> Tensor:
+    shape = [1, weight.shape[1], 1, rows]
     return torch._C._nn.mkldnn_reorder_conv2d_weight(weight[..., None, None].to_mkldnn(), *_GEOMETRY, shape)
+
+
+def pack(weight: Tensor, rows: int, times: int) -> Tensor:
+    """weight: [C_out, C_in], float32, contiguous, for this many products of this many rows.
+
+    A product of other rows, or on another number of threads than the one that packs, is right and may be very slow.
+    """
+    if rows * times < MIN_ROWS or not torch.backends.mkldnn.enabled or not packs():
+        return weight
+    return _reordered(weight, rows)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [..., C_in]; weight: [C_out, C_in], packed or not; bias: [C_out]; all contiguous; to [..., C_out]."""
     if not weight.is_mkldnn:
         return torch.nn.functional.linear(x, weight, bias)
-    y = torch.ops.mkldnn._convolution_pointwise(_image(x), weight, bias, *_GEOMETRY, "none", [], "")
+    y = torch.ops.mkldnn._convolution_pointwise.default(_image(x), weight, bias, *_GEOMETRY, "none", [], "")
     return y.permute(0, 2, 3, 1).view(*x.shape[:-1], -1)
 
 
@@ -35,7 +66,7 @@ def add_product(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
         if bias is not None:
             out += bias
     else:
-        torch.ops.mkldnn._convolution_pointwise_(
+        torch.ops.mkldnn._convolution_pointwise_.binary(
             _image(out), _image(x), weight, bias, *_GEOMETRY, "add", 1.0, None, [], ""
         )
 

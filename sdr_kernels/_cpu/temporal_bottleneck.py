@@ -5,6 +5,7 @@ another before the end. Channels are innermost: a row of a product is one (frame
 rows and weights, and a temporal tap a shift by whole frames.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from math import isfinite
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from sdr_kernels._ops import empty_channels_last
 from sdr_kernels.temporal_bottleneck import bottleneck_shape
 
 MIN_SLAB = 4  # rows of the first block's map; products of fewer take longer for the same work
+MAX_PACKED = 512  # input channels of branch1, whose products are the result and may round no more than torch's
 MIN_WINOGRAD = 128  # input channels from which fewer products are worth the sums of frames that they take
 
 
@@ -53,34 +55,62 @@ def bottleneck_chain_fwd(
     """In float32; only the result has x's dtype. layers: weight, scale and shift of a, b, c, branch1 of every block."""
     shape = bottleneck_shape(x, layers[-6].shape[1], pools, time_pools)  # c's weight, of the last block
     out = empty_channels_last(x, shape)
-    rows = max(MIN_SLAB, 1 << sum(pools))
-    per_block = []
-    for i, pair in enumerate(zip(pools, time_pools, strict=True)):
-        frames, _, width = bottleneck_shape(x, 0, pools[:i], time_pools[:i])[3:]
-        per_block.append((layers[12 * i : 12 * i + 12], *pair, frames, (rows >> sum(pools[:i])) * width))
-    folded = side_by_side(_fold_block, [(v, *block) for v in range(x.shape[1]) for block in per_block])
+    height = max(MIN_SLAB, 1 << sum(pools))
     slabs = []
     for v in range(x.shape[1]):
-        blocks = folded[v * len(pools) : (v + 1) * len(pools)]
         for clip, result in zip(x[:, v].movedim(1, -1), out[:, v].movedim(1, -1), strict=True):
-            parts = zip(clip.split(rows, 1), result.split(rows >> sum(pools), 1), strict=False)  # odd rows are dropped
-            slabs += [(blocks, *part) for part in parts]
-    side_by_side(_run_slab, slabs)
+            parts = zip(clip.split(height, 1), result.split(height >> sum(pools), 1), strict=False)  # drops odd rows
+            slabs += [(v, *part) for part in parts]
+    chains = _fold_chains(x, layers, pools, time_pools, Counter((v, part.shape[1]) for v, part, _ in slabs))
+    side_by_side(_run_slab, [(chains[v, part.shape[1]], part, result) for v, part, result in slabs])
     return out
 
 
-def _fold_block(block: tuple[int, Sequence[Tensor | None], bool, bool, int, int]) -> _Block:
-    """Branch v's; frames and positions are T and H * W of a slab at the block's input."""
-    v, layers, pool, time_pool, frames, positions = block
-    rows = frames * positions
+def _fold_chains(
+    x: Tensor,
+    layers: Sequence[Tensor | None],
+    pools: Sequence[bool],
+    time_pools: Sequence[bool],
+    slabs: Counter[tuple[int, int]],
+) -> dict[tuple[int, int], list[_Block]]:
+    """The blocks for slabs of a branch and a height, of which ``slabs`` counts how many there are."""
+
+    def fold(item: tuple[int, int, int]) -> _Block:
+        v, height, i = item
+        frames, _, width = bottleneck_shape(x, 0, pools[:i], time_pools[:i])[3:]
+        slab = frames, height >> sum(pools[:i]), width, slabs[v, height]
+        return _fold_block(v, layers[12 * i : 12 * i + 12], pools[i], time_pools[i], *slab)
+
+    items = [(*key, i) for key in slabs for i in range(len(pools))]
+    # weights are packed for the number of threads that runs them, which is all for a single slab
+    folded = [fold(item) for item in items] if slabs.total() == 1 else side_by_side(fold, items, even_one=True)
+    return {key: folded[n * len(pools) : (n + 1) * len(pools)] for n, key in enumerate(slabs)}
+
+
+def _fold_block(
+    v: int,
+    layers: Sequence[Tensor | None],
+    pool: bool,
+    time_pool: bool,
+    frames: int,
+    height: int,
+    width: int,
+    slabs: int,
+) -> _Block:
+    """Branch v's, for this many slabs of that size at the block's input."""
     a, b, c, branch1 = (_fold(v, *layers[i : i + 3]) for i in range(0, 12, 3))
+    rows, channels = frames * height * width, a.taps[0].shape[1]
+    pooled = frames * (height // 2) * (width // 2) if pool else rows
     if branch1 is not None:  # a constant may pass the pool, where there is less to add it to
-        branch1, c = _pack(branch1, rows), c._replace(bias=branch1.bias + c.bias)
-    if len(a.taps) == 3 and a.taps[0].shape[1] >= MIN_WINOGRAD:  # the taps are for the rare frame, and stay as they are
-        a = a._replace(factors=[pack(factor, frames // 2 * positions) for factor in _winograd_factors(a.taps)])
+        c = c._replace(bias=branch1.bias + c.bias)
+        if channels <= MAX_PACKED:
+            branch1 = _pack(branch1, rows, slabs)
+    if len(a.taps) == 3 and channels >= MIN_WINOGRAD and frames > 1:  # the taps are for an odd last frame: left plain
+        factors = _winograd_factors(a.taps)
+        a = a._replace(factors=[pack(factor, frames // 2 * height * width, slabs) for factor in factors])
     else:
-        a = _pack(a, rows)
-    return _Block(a, _pack(b, rows), _pack(c, rows // 4 if pool else rows), branch1, pool, time_pool)
+        a = _pack(a, rows, slabs)
+    return _Block(a, _pack(b, rows, slabs), _pack(c, pooled, slabs), branch1, pool, time_pool)
 
 
 def _fold(v: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> _Layer | None:
@@ -90,8 +120,8 @@ def _fold(v: int, weight: Tensor | None, scale: Tensor | None, shift: Tensor | N
     return _Layer(taps.permute(2, 0, 1).contiguous().unbind(), shift[v].contiguous())
 
 
-def _pack(layer: _Layer, rows: int) -> _Layer:
-    return layer._replace(taps=[pack(tap, rows) for tap in layer.taps])
+def _pack(layer: _Layer, rows: int, times: int) -> _Layer:
+    return layer._replace(taps=[pack(tap, rows, times) for tap in layer.taps])
 
 
 def _run_slab(slab: tuple[Sequence[_Block], Tensor, Tensor]) -> None:
@@ -117,7 +147,7 @@ def _run_block(x: Tensor, block: _Block) -> Tensor:
 
 def _convolve_relu(x: Tensor, layer: _Layer) -> Tensor:
     """x: [T, H, W, C_in] to [T, H, W, C_out]; by Winograd's minimal filtering where the layer has its factors."""
-    if layer.factors is not None and len(x) > 1:
+    if layer.factors is not None:
         h = _winograd_relu(x, layer)
         if isfinite(h.sum().item()):  # else perhaps for differences of infinities, which the definition does not take
             return h

@@ -57,8 +57,11 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)  # a child has none of the threads
 
 
-def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``function`` of every item, in order, on as many threads as torch uses for an op; no gradients, no autocast."""
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], *, even_one: bool = False) -> list[Result]:
+    """``function`` of every item, in order, on as many threads as torch uses for an op; no gradients, no autocast.
+
+    A single item stays with the caller, whose ops run on all threads, unless ``even_one``.
+    """
     inference = torch.is_inference_mode_enabled()
 
     def run(item: Item) -> Result:
@@ -66,7 +69,7 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
             return function(item)
 
     threads = torch.get_num_threads()
-    if threads == 1 or len(items) == 1:
+    if threads == 1 or (len(items) == 1 and not even_one):
         return [run(item) for item in items]
     futures = _submit(threads, run, items)
     try:
