@@ -101,7 +101,7 @@ def test_an_empty_grid_launches_nothing(launches):
     assert launches == []
 
 
-def test_nvrtc_launch_gives_floats_their_width_and_asks_for_shared_memory(monkeypatch, nvrtc):
+def test_nvrtc_launch_gives_arguments_their_width_and_asks_for_shared_memory(monkeypatch, nvrtc):
     import cupy
 
     calls = []
@@ -114,13 +114,13 @@ def test_nvrtc_launch_gives_floats_their_width_and_asks_for_shared_memory(monkey
     enter = pytest.MonkeyPatch.context
     monkeypatch.setattr(loader, "_nvrtc_kernel", lambda name, device: kernel)
     monkeypatch.setattr(cupy.cuda, "Device", lambda device: entered.append(device) or enter())
-    monkeypatch.setattr(cupy.cuda, "ExternalStream", lambda *args: entered.append(args) or enter())
-    loader._launch_nvrtc("kernel", 1, (5, 1, 1), (64, 1, 1), 50_000, 7, [3, 0.1])
+    monkeypatch.setattr(cupy.cuda.stream.Stream, "from_external", lambda stream: entered.append(stream) or enter())
+    loader._launch_nvrtc("kernel", 1, (5, 1, 1), (64, 1, 1), 50_000, "stream", [3, 0.1])
     (grid, block, values, options), *more = calls
     assert (grid, block, options, more) == ((5, 1, 1), (64, 1, 1), {"shared_mem": 50_000}, [])
-    assert [type(value) for value in values] == [int, cupy.float32]
+    assert [type(value) for value in values] == [cupy.int64, cupy.float32]
     assert kernel.max_dynamic_shared_size_bytes == 50_000
-    assert entered == [1, (7, 1)]
+    assert entered == [1, "stream"]
 
 
 @needs_build
@@ -165,7 +165,7 @@ def test_why_not_cuda(monkeypatch):
     capability = (9, 0)
     monkeypatch.setattr(loader, "built", lambda: None)
     monkeypatch.setattr(loader, "find_spec", lambda name: None)
-    assert "CuPy, which compiles it, is not installed" in loader.why_not_cuda(GPU.device)
+    assert "CuPy, to compile csrc, is not installed" in loader.why_not_cuda(GPU.device)
     monkeypatch.setattr(loader, "find_spec", lambda name: name == "cupy")
     assert loader.why_not_cuda(GPU.device) == ""
 

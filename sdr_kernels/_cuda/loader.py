@@ -37,9 +37,7 @@ def why_not_cuda(device: torch.device) -> str:
         return problem
     module = built()
     if module is None:
-        return (
-            "" if find_spec("cupy") else "sdr_kernels._C was not built, and CuPy, which compiles it, is not installed"
-        )
+        return "" if find_spec("cupy") else "sdr_kernels._C was not built, and CuPy, to compile csrc, is not installed"
     architectures = module.build_info()["architectures"]
     capability = torch.cuda.get_device_capability(device)
     if any(runs_on(architecture, capability) for architecture in architectures.split()):
@@ -76,20 +74,23 @@ def launch(
         return
     grid, block = ((*size, 1, 1)[:3] for size in (grid, block))
     values = [0 if arg is None else arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    run = _launch_nvrtc if built() is None else built().launch
-    run(kernel, x.device.index, grid, block, shared_bytes, stream, values)
+    stream = torch.cuda.current_stream(x.device)
+    module = built()
+    if module is None:
+        _launch_nvrtc(kernel, x.device.index, grid, block, shared_bytes, stream, values)
+    else:
+        module.launch(kernel, x.device.index, grid, block, shared_bytes, stream.cuda_stream, values)
 
 
 def _launch_nvrtc(kernel, device, grid, block, shared_bytes, stream, values) -> None:
     import cupy
 
-    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(stream):
         function = _nvrtc_kernel(kernel, device)
         if shared_bytes > OPT_IN_BYTES:
             function.max_dynamic_shared_size_bytes = shared_bytes
         # CuPy would pack a Python float as a double
-        packed = tuple(cupy.float32(value) if isinstance(value, float) else value for value in values)
+        packed = tuple((cupy.float32 if isinstance(value, float) else cupy.int64)(value) for value in values)
         function(grid, block, packed, shared_mem=shared_bytes)
 
 
