@@ -4,6 +4,8 @@ The emulation (cuda_emulation/) compiles the very ``.cu`` files with g++. It sho
 tensors, races between barriers and copies that nobody waited for; it says nothing of speed or of the GPU itself.
 """
 
+import ctypes
+import mmap
 import re
 import shutil
 import subprocess
@@ -16,12 +18,14 @@ import torch
 from compare import LAYOUTS, assert_matches_reference
 from cuda_emulation.emulator import CSRC, Emulator
 
-from sdr_kernels._cuda import temporal_conv3d
+from sdr_kernels._cuda import sdr_loss, temporal_conv3d
+from sdr_kernels.sdr_loss import LossOptions, sdr_loss_reference
 from sdr_kernels.temporal_conv3d import temporal_conv3d_reference
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or not sys.platform.startswith("linux"), reason="the emulation needs g++ on Linux"
 )
+MAP_NORESERVE = 0x4000  # of Linux; Python names it from 3.13 on
 HALVES = [torch.float16, torch.bfloat16]
 # B, V, C_in, C_out, k, T, H, W: on and off every block size and every chunk of 16 bytes, fewer frames than taps
 CONVOLUTIONS = [
@@ -92,14 +96,32 @@ def test_conv_keeps_nan_and_inf(conv):
     assert_matches_reference(partial(conv(), relu=True), partial(temporal_conv3d_reference, relu=True), inputs)
 
 
+@pytest.mark.parametrize("clip", [0, 256])
+def test_conv_reaches_beyond_two_to_the_31(clip):
+    """The first block of one of 257 clips of 2^20 rows of 8 channels; only the pages that it touches are ever there."""
+    rows, C, clips = 2**20, 8, 257
+    memory = [mmap.mmap(-1, clips * rows * C * 2, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE) for _ in "xo"]
+    x, out = (torch.frombuffer(m, dtype=torch.float16).view(clips, rows, C) for m in memory)
+    weight, shown = torch.randn(C, C).half(), torch.randn(128, C).half()
+    x[clip, :128] = shown
+    pointers = [x.data_ptr(), weight.data_ptr(), 0, 0, 0, out.data_ptr()]
+    slots = (ctypes.c_uint64 * 13)(*pointers, 1, rows, 1, C, C, 1, 0)
+    grid = clips * rows // 128
+    Emulator("temporal_conv3d").emulate(
+        "temporal_conv3d_float16_n64", slots, (ctypes.c_int64 * 13)(*[-1] * 13), grid,
+        range(clip * rows // 128, clip * rows // 128 + 1), 256, temporal_conv3d.shared_bytes(64),
+    )  # fmt: skip
+    torch.testing.assert_close(out[clip, :128], shown @ weight)
+
+
 def test_conv_refuses_float32():
     assert "float32" in temporal_conv3d.why_unfit(torch.zeros(1))
     assert not temporal_conv3d.why_unfit(torch.zeros(1, dtype=torch.bfloat16))
 
 
-def check_all(function):
-    for shape in CONVOLUTIONS:
-        assert_matches_reference(function, temporal_conv3d_reference, conv_inputs(shape, torch.float16)[:2])
+def check_all(function, reference, cases):
+    for inputs in cases:
+        assert_matches_reference(function, reference, inputs)
 
 
 CONV_BUGS = {
@@ -125,7 +147,127 @@ def test_a_planted_bug_in_conv_shows(bug, conv):
     assert source.count(right) == 1
     function = conv(source.replace(right, wrong))
     with pytest.raises((AssertionError, RuntimeError)):
-        check_all(function)
+        check_all(
+            function, temporal_conv3d_reference, (conv_inputs(shape, torch.float16)[:2] for shape in CONVOLUTIONS)
+        )
+
+
+# B, V, D, W, K: one row, no view left out, on and off 64 and 128 rows, the columns of a block and chunks of 16 bytes
+LOSSES = [
+    (1, 1, 1, 0, 2),
+    (2, 2, 8, 2, 2),
+    (3, 1, 33, 0, 2),
+    (5, 3, 64, 3, 3),
+    (16, 4, 72, 4, 2),
+    (13, 5, 31, 5, 2),
+    (32, 4, 200, 4, 8),
+]
+
+
+class EmulatedLoss(torch.autograd.Function):
+    """As the op's: gradients of weight 1 from the forward, scaled."""
+
+    @staticmethod
+    def forward(ctx, features, labels, logits, joint, loo, options):
+        parts, *gradients = sdr_loss.sdr_loss_fwd(features, labels, logits, joint, loo, *options.arguments)
+        ctx.save_for_backward(*gradients)
+        ctx.inputs = features, logits, joint, loo
+        return parts
+
+    @staticmethod
+    def backward(ctx, dparts):
+        dfeatures, dlogits, djoint, dloo = ctx.saved_tensors
+        djoint, dloo = (torch.tensordot(dparts[[1, 3]], gradient, 1) for gradient in (djoint, dloo))
+        gradients = dparts[2] * dfeatures, dparts[0] * dlogits, djoint, dloo
+        dfeatures, *heads = (g.view(x.shape).to(x.dtype) for g, x in zip(gradients, ctx.inputs, strict=True))
+        return dfeatures, None, *heads, None
+
+
+@pytest.fixture
+def loss(monkeypatch):
+    """The launcher of sdr_loss on emulated kernels, of the source as it is or of another."""
+
+    def emulated(source: str | None = None):
+        monkeypatch.setattr(sdr_loss, "launch", Emulator("sdr_loss", source).launch)
+        return EmulatedLoss.apply
+
+    return emulated
+
+
+def loss_inputs(shape, dtype, options=LossOptions()):  # noqa: B008 - it is immutable
+    """features, labels, logits, joint and leave-one-out logits, and options."""
+    B, V, D, W, K = shape
+    tensors = [torch.randn(size).to(dtype).requires_grad_() for size in ((B, V, D), (B,), (B, K), (B, W, K))]
+    return [tensors[0], torch.randint(0, 2, (B,)), *tensors[1:], options]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", LOSSES, ids=str)
+def test_loss_matches_reference(shape, dtype, loss):
+    assert_matches_reference(loss(), sdr_loss_reference, loss_inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("objective", ["shared", "complementary"])
+@pytest.mark.parametrize("direction", ["joint_to_loo", "loo_to_joint"])
+@pytest.mark.parametrize(("anchors", "detach_joint"), [("all", False), ("real", True)])
+def test_every_reading_of_the_loss(objective, direction, anchors, detach_joint, loss):
+    options = LossOptions(0.1, 2.0, anchors, detach_joint, direction, objective)
+    assert_matches_reference(loss(), sdr_loss_reference, loss_inputs((6, 3, 40, 3, 2), torch.float32, options))
+
+
+LOSS_EDGES = {
+    "low temperature": lambda features, labels, *rest: (features, labels, *rest[:-1], LossOptions(0.01)),
+    "identical features": lambda features, *rest: (features.detach()[:1, :1].expand_as(features), *rest),
+    "a zero vector": lambda features, *rest: (features.detach().index_fill(1, torch.tensor(1), 0), *rest),
+    "a single class": lambda features, labels, *rest: (features, torch.ones_like(labels), *rest),
+    "no real anchor": lambda features, labels, *rest: (
+        features, torch.ones_like(labels), *rest[:-1], LossOptions(anchors="real")
+    ),
+    "labels of bytes": lambda features, labels, *rest: (features, labels.byte(), *rest),
+    "logits of 1e4": lambda features, labels, *rest: (features, labels, *(1e4 * x.sign() for x in rest[:-1]), rest[-1]),
+    "a NaN among the features": lambda features, *rest: (
+        features.detach().index_fill(1, torch.tensor(1), float("nan")), *rest
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("edge", LOSS_EDGES)
+def test_edges_of_the_loss(edge, dtype, loss):
+    inputs = LOSS_EDGES[edge](*loss_inputs((5, 3, 24, 3, 2), dtype))
+    inputs = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs]
+    assert_matches_reference(loss(), sdr_loss_reference, inputs)
+
+
+def test_loss_without_features_takes_any_number_of_clips(loss):
+    features, *rest = loss_inputs((300, 1, 0, 2, 2), torch.float32)
+    assert_matches_reference(loss(), sdr_loss_reference, [features.detach(), *rest])
+
+
+LOSS_BUGS = {
+    "no mask on rows": ("row < N ? D - column : 0", "D - column"),
+    "no mask on columns": ("row < N && column < D ?", "row < N ?"),
+    "swapped fragments": ("a[m][k], b[0], b[1]", "a[m][k], b[1], b[0]"),
+    "swapped rows of the sums": ("[column + 1] = sums[m][n][3]", "[column + 1] = sums[m][n][1]"),
+    "no barrier before the product": ("    __syncthreads();  // this stage", "    // this stage"),
+    "no barrier before the products are stored": ("  __syncthreads();  // the stages", "  // the stages"),
+    "no barrier before the weights": ("  reduce_rows(N, temperature, real_anchors, shared);\n  __syncthreads();",
+                                      "  reduce_rows(N, temperature, real_anchors, shared);"),
+    "an own product that is overwritten": ("    __syncwarp();  // all lanes", "    // all lanes"),
+    "its own similarity counted": ("if (j < N && j != i) {\n        const float logit",
+                                   "if (j < N) {\n        const float logit"),
+    "copies not waited for": ("cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", LOSS_BUGS)
+def test_a_planted_bug_in_loss_shows(bug, loss):
+    right, wrong = LOSS_BUGS[bug]
+    source = (CSRC / "sdr_loss.cu").read_text()
+    assert source.count(right) == 1
+    function = loss(source.replace(right, wrong))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_all(function, sdr_loss_reference, (loss_inputs(shape, torch.float16) for shape in LOSSES))
 
 
 def compile_for(arch: str, path: Path, folder: Path, *options: str) -> tuple[Path, str]:
@@ -141,7 +283,7 @@ def compile_for(arch: str, path: Path, folder: Path, *options: str) -> tuple[Pat
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("op", ["temporal_conv3d"])
+@pytest.mark.parametrize("op", ["sdr_loss", "temporal_conv3d"])
 def test_nvcc_compiles_without_spills(op, arch, tmp_path):
     _, said = compile_for(arch, CSRC / f"{op}.cu", tmp_path, "-cubin", "-Xptxas", "-v")
     kernels = re.findall(r"Function properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores", said)

@@ -22,6 +22,12 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline float __int_as_float(int bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
 extern uint3 threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs
 
 // Leave `operands` and `result` of this lane; once all 32 lanes have, the last one calls compute(operands, results).

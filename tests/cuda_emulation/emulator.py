@@ -3,7 +3,6 @@
 import ctypes
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -14,27 +13,34 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-# the sums of a product may be contracted as nvcc contracts them
-COMMAND = ["g++", "-std=c++20", "-O1", "-g", "-ffp-contract=fast", "-fPIC", "-shared", "-include", "device.h"]
+# nvcc contracts products and sums too
+COMMAND = ["g++", "-std=c++20", "-O1", "-g", "-ffp-contract=fast", "-fPIC", "-include", "device.h"]
+
+
+def texts(folder: Path, *suffixes: str) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.suffix in suffixes}
+
+
+def compile_once(name: str, files: dict[str, str], *options: str) -> Path:
+    """What g++ makes of these files, kept in a temporary folder under a hash of all that it depends on."""
+    digest = hashlib.sha256(repr((COMMAND, options, files)).encode()).hexdigest()[:16]
+    cache = Path(tempfile.gettempdir()) / f"sdr_cuda_emulation_{os.getuid()}"
+    result = cache / f"{digest}_{name}"
+    if not result.exists():
+        cache.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            for file, text in files.items():
+                (Path(folder) / file).write_text(text)
+            subprocess.run([*COMMAND, *options, "-o", name], cwd=folder, check=True)
+            (Path(folder) / name).replace(result)  # another process may be doing the same
+    return result
 
 
 def build(op: str, source: str) -> ctypes.CDLL:
-    """The shared library of one ``.cu`` text, compiled anew only where a text of it or of the emulation is new."""
-    files = {path.name: path.read_text() for path in sorted(CSRC.glob("*.*h")) if path.suffix in (".h", ".cuh")}
-    files |= {path.name: path.read_text() for path in sorted(HERE.iterdir()) if path.suffix in (".h", ".cuh", ".cpp")}
-    files[f"{op}.cpp"] = source
-    digest = hashlib.sha256("\0".join([*COMMAND, *files, *files.values()]).encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"sdr_cuda_emulation_{os.getuid()}" / f"{op}_{digest}.so"
-    if not library.exists():
-        library.parent.mkdir(mode=0o700, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=library.parent))
-        for name, text in files.items():
-            (folder / name).write_text(text)
-        command = [*COMMAND, f"{op}.cpp", "runtime.cpp", "-o", "built.so"]
-        subprocess.run(command, cwd=folder, check=True)
-        (folder / "built.so").replace(library)  # another process may be doing the same
-        shutil.rmtree(folder)
-    return ctypes.CDLL(str(library))
+    """The shared library of one ``.cu`` text; the emulation's headers replace CUDA's, and ours of the same name."""
+    runtime = compile_once("runtime.o", texts(HERE, ".h", ".cpp"), "-c", "runtime.cpp")
+    files = texts(CSRC, ".h", ".cuh") | texts(HERE, ".h", ".cuh") | {f"{op}.cpp": source}
+    return ctypes.CDLL(str(compile_once(f"{op}.so", files, "-shared", f"{op}.cpp", str(runtime))))
 
 
 def reach(tensor: Tensor) -> int:
@@ -66,8 +72,6 @@ class Emulator:
                 raise RuntimeError(f"{kernel}: the result depends on which thread runs first")
 
     def _run(self, kernel, grid, block, args, shared_bytes, *, backwards):
-        if 0 in grid:
-            return
         slots, sizes = (ctypes.c_uint64 * len(args))(), (ctypes.c_int64 * len(args))(*[-1] * len(args))
         for i, value in enumerate(args):
             if isinstance(value, Tensor):
@@ -76,9 +80,13 @@ class Emulator:
                 ctypes.c_float.from_buffer(slots, 8 * i).value = value
             else:
                 slots[i] = (value or 0) % 2**64
+        self.emulate(kernel, slots, sizes, grid[0], range(grid[0]), block[0], shared_bytes, backwards)
+
+    def emulate(self, kernel, slots, sizes, grid, blocks, threads, shared_bytes, backwards=False):
+        """Run some blocks of a launch; see runtime.cpp."""
         problem = self.library.emulate(
-            getattr(self.library, f"emulate_{kernel}"), slots, sizes, len(args),
-            *(ctypes.c_uint(size) for size in (grid[0], block[0])), ctypes.c_size_t(shared_bytes), backwards,
+            getattr(self.library, f"emulate_{kernel}"), slots, sizes, len(slots),
+            *map(ctypes.c_uint, (grid, blocks.start, blocks.stop, threads)), ctypes.c_size_t(shared_bytes), backwards,
         )  # fmt: skip
         if problem:
             raise RuntimeError(f"{kernel}: {problem.decode()}")

@@ -1,5 +1,5 @@
-// csrc/mma.cuh in C++, after the tables of the PTX ISA and not after the kernels: "Matrix Fragments for mma.m16n8k16 with
-// floating point type", "Warp-level matrix load instruction: ldmatrix", "cp.async". There, groupID = lane / 4 and
+// csrc/mma.cuh in C++, after the tables of the PTX ISA and not after the kernels: "Matrix Fragments for mma.m16n8k16
+// with floating point type", "Warp-level matrix load instruction: ldmatrix", "cp.async". There, groupID = lane / 4 and
 // threadID_in_group = lane % 4; element i of a lane is the half i % 2 of its register i / 2.
 #pragma once
 
@@ -14,7 +14,7 @@ template <typename T>
 float element(const unsigned* registers, int i) {
   T value;
   std::memcpy(&value, reinterpret_cast<const char*>(registers) + 2 * i, 2);
-  if constexpr (sizeof(value) == sizeof(__half) && std::is_same_v<T, __half>) return __half2float(value);
+  if constexpr (std::is_same_v<T, __half>) return __half2float(value);
   else return __bfloat162float(value);
 }
 

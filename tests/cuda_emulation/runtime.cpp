@@ -89,7 +89,8 @@ void resume(Fiber& fiber) {
 }  // namespace
 
 void fail(const char* what) {
-  message = std::string(what) + ", in thread " + std::to_string(threadIdx.x) + " of block " + std::to_string(blockIdx.x);
+  message = std::string(what) + ", in thread " + std::to_string(threadIdx.x) + " of block " +
+            std::to_string(blockIdx.x);
   siglongjmp(failure, 1);
 }
 
@@ -195,11 +196,11 @@ void on_bad_access(int) { fail("an access outside of every tensor"); }
 
 }  // namespace
 
-// arguments: slots of 8 bytes each; sizes: bytes of the tensor that a slot points to, or -1 where it is a number.
-// Empty where all went well, else what went wrong.
+// Blocks first to last - 1 of a grid. arguments: slots of 8 bytes each; sizes: bytes of the tensor that a slot points
+// to, or -1 where it is a number or an address to take as it is. Empty where all went well, else what went wrong.
 extern "C" const char* emulate(
-    void (*launched)(void**), uint64_t* arguments, const int64_t* sizes, int count, unsigned grid, unsigned threads,
-    size_t shared_bytes, bool backwards) {
+    void (*launched)(void**), const uint64_t* arguments, const int64_t* sizes, int count, unsigned grid,
+    unsigned first, unsigned last, unsigned threads, size_t shared_bytes, bool backwards) {
   message.clear();
   std::deque<Guarded> tensors;
   std::vector<uint64_t> slots(arguments, arguments + count);
@@ -224,7 +225,7 @@ extern "C" const char* emulate(
   sigaction(SIGSEGV, &action, &before_segv);
   sigaction(SIGBUS, &action, &before_bus);
   if (!sigsetjmp(failure, 1)) {
-    for (unsigned i = 0; i < grid; ++i) {
+    for (unsigned i = first; i < last; ++i) {
       blockIdx = {i, 0, 0};
       std::memset(shared_memory, 0xff, sizeof(shared_memory));
       run_block(backwards);
