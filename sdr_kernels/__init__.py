@@ -1,6 +1,9 @@
 """Ops for temporal-only convolution networks: every op has a plain PyTorch reference and faster implementations."""
 
+from sdr_kernels.info_nce import info_nce
+from sdr_kernels.leave_one_out_kl import leave_one_out_kl
 from sdr_kernels.norm_linear import norm_linear
+from sdr_kernels.sdr_loss import LossOptions, sdr_loss
 from sdr_kernels.spatial_mean import spatial_mean
 from sdr_kernels.temporal_bottleneck import FoldedBottleneck, FoldedConv, bottleneck_chain, temporal_bottleneck
 from sdr_kernels.temporal_conv3d import temporal_conv3d
@@ -10,8 +13,12 @@ from sdr_kernels.token_attention import token_attention
 __all__ = [
     "FoldedBottleneck",
     "FoldedConv",
+    "LossOptions",
     "bottleneck_chain",
+    "info_nce",
+    "leave_one_out_kl",
     "norm_linear",
+    "sdr_loss",
     "spatial_mean",
     "temporal_bottleneck",
     "temporal_conv3d",

@@ -1,0 +1,144 @@
+"""Supervised InfoNCE: rows of one label attract each other, all others repel; no N x N matrix in memory."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdr_kernels._ops import check_floating, check_same, register, select_impl
+
+ANCHORS = ("all", "real")
+ZERO_NORM = 1e-12  # a shorter row has no direction: it is similar to none and gets no gradient
+
+
+def normalise(features: Tensor) -> Tensor:
+    """Rows of length 1 in float32 or wider; rows shorter than ``ZERO_NORM`` become 0."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return torch.where(norm < ZERO_NORM, 0, features / norm.clamp(min=ZERO_NORM))
+
+
+def info_nce_reference(features: Tensor, labels: Tensor, temperature: float = 0.07, anchors: str = "all") -> Tensor:
+    """The definition, with the N x N matrix, in float32 or wider."""
+    unit = normalise(features)
+    own = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    logits = (unit @ unit.T / temperature).masked_fill(own, -torch.inf)
+    log_prob = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(own, 0)  # N = 1: -inf - -inf stays masked
+    positive = (labels[:, None] == labels[None, :]) & ~own
+    count = positive.sum(1)
+    loss = -(log_prob * positive).sum(1) / count.clamp(min=1)
+    anchor = labels == 0 if anchors == "real" else torch.ones_like(labels, dtype=torch.bool)
+    return (loss * anchor).sum() / anchor.sum().clamp(min=1)
+
+
+def _fake_fwd(features, labels, temperature, real_anchors):
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return features.new_empty((), dtype=dtype), features.new_empty((4, len(features)), dtype=torch.float64)
+
+
+# rows: what the backward needs of every row, each implementation's own
+_fwd = register(
+    "info_nce",
+    "info_nce_fwd",
+    "(Tensor features, Tensor labels, float temperature, bool real_anchors, str impl) -> (Tensor loss, Tensor rows)",
+    fake=_fake_fwd,
+)
+_bwd = register(
+    "info_nce",
+    "info_nce_bwd",
+    "(Tensor features, Tensor labels, Tensor rows, Tensor dloss, float temperature, str impl) -> Tensor",
+    fake=lambda features, labels, rows, dloss, temperature: features.new_empty(features.shape),
+)
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, labels, temperature, real_anchors, impl):
+        loss, rows = _fwd(features, labels, temperature, real_anchors, impl)
+        ctx.save_for_backward(features, labels, rows)
+        ctx.temperature, ctx.impl = temperature, impl
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        return _bwd(*ctx.saved_tensors, dloss, ctx.temperature, ctx.impl), None, None, None, None
+
+
+class _GatherRows(torch.autograd.Function):
+    """The rows of all ranks, in order of rank; the gradient is the sum of what every rank's loss asks of a row."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
+        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        dout = dout.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(dout, group=ctx.group)
+        return dout.tensor_split(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+
+
+def info_nce(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.07,
+    anchors: str = "all",
+    group: "dist.ProcessGroup | None" = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Supervised contrastive loss, the mean over positives outside the logarithm, differentiable in ``features``.
+
+    ``-1/A sum_i 1/|P_i| sum_{p in P_i} log(exp(s_ip) / sum_{j != i} exp(s_ij))``, s the cosines over the
+    temperature: L_sup_out of Khosla et al. (NeurIPS 2020). Kernels and the CPU's own implementation walk over tiles of
+    the matrix with running sums, in O(N D) memory.
+
+    Args:
+        features: [N, D], float32, float16 or bfloat16 (the reference and the CPU take float64 too); normalised here, a
+            row of length 0 stays 0.
+        labels: [N], any integer type or bool; rows with the same label are each other's positives.
+        temperature: of the similarities, above 0.
+        anchors: "all", or "real" for rows with label 0 alone; the others stay as negatives.
+        group: processes whose rows join; every rank gives as many rows. Each gets the loss of all, and the sum of
+            their gradients for its own rows, so that DDP's mean over ranks is the gradient of that loss.
+        impl: "auto" (Triton on CUDA, else the CPU's own), "reference", "cpu" or "triton".
+
+    Returns:
+        Scalar, float32 or wider: the mean over the anchors. An anchor without a positive adds 0; no anchor gives 0.
+
+    Raises:
+        ValueError: a rank, shape, device, temperature or name is wrong.
+        TypeError: a dtype is wrong.
+        RuntimeError: the named implementation cannot run here.
+    """
+    check_features(features, labels, features.shape[:1], temperature, anchors)
+    if features.ndim != 2:
+        raise ValueError(f"features must be [N, D], got {list(features.shape)}")
+    impl = select_impl(
+        impl, features, has_cpu=True, no_tile="features must not be float64" * (features.dtype == torch.float64)
+    )
+    if group is not None:
+        features, labels = _GatherRows.apply(features, group), _GatherRows.apply(labels, group)
+    if impl == "reference":
+        return info_nce_reference(features, labels, temperature, anchors)
+    return _InfoNCE.apply(features, labels, temperature, anchors == "real", impl)[()]
+
+
+def check_features(features: Tensor, labels: Tensor, rows: torch.Size, temperature: float, anchors: str) -> None:
+    """Raise ValueError or TypeError that names the argument, the rule and what came; rows: the shape of labels."""
+    check_floating(features=features)
+    if features.ndim < 2 or features.shape[-1] < 1:
+        raise ValueError(f"features must be rows of at least one value, got {list(features.shape)}")
+    if labels.shape != rows:
+        raise ValueError(f"labels must be {list(rows)} to fit features, got {list(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    check_same("device", features, labels=labels)
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if anchors not in ANCHORS:
+        raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}, got {anchors!r}")

@@ -1,0 +1,117 @@
+"""How far each view's absence moves the joint prediction: the mutual-information loss of leave-one-out heads."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdr_kernels._ops import check_floating, register, select_impl
+
+DIRECTIONS = ("joint_to_loo", "loo_to_joint")
+OBJECTIVES = ("shared", "complementary")
+
+
+def leave_one_out_kl_reference(
+    joint_logits: Tensor,
+    loo_logits: Tensor,
+    temperature: float = 1.5,
+    detach_joint: bool = True,
+    direction: str = "joint_to_loo",
+    objective: str = "shared",
+) -> Tensor:
+    """The definition, in float32 or wider."""
+    dtype = torch.promote_types(joint_logits.dtype, torch.float32)
+    if loo_logits.shape[1] == 0:
+        return joint_logits.new_zeros((), dtype=dtype)
+    log_joint = F.log_softmax(joint_logits.to(dtype) / temperature, -1).unsqueeze(1)  # [B, 1, K]
+    log_loo = F.log_softmax(loo_logits.to(dtype) / temperature, -1)  # [B, V, K]
+    if detach_joint:
+        log_joint = log_joint.detach()
+    log_p, log_q = (log_joint, log_loo) if direction == "joint_to_loo" else (log_loo, log_joint)
+    divergence = (log_p.exp() * (log_p - log_q)).sum((1, 2))  # [B]
+    return (torch.exp(-divergence) if objective == "complementary" else divergence).mean()
+
+
+_fwd = register(
+    "leave_one_out_kl",
+    "leave_one_out_kl_fwd",
+    "(Tensor joint_logits, Tensor loo_logits, float temperature, bool detach_joint, bool reverse, bool complementary, "
+    "str impl) -> (Tensor value, Tensor djoint, Tensor dloo)",
+    fake=lambda joint, loo, *_: tuple(joint.new_empty(s, dtype=torch.float32) for s in ((), joint.shape, loo.shape)),
+)
+
+
+class _LeaveOneOutKL(torch.autograd.Function):
+    """The forward computes the gradients as well: they take no other launch, and backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, joint_logits, loo_logits, *arguments):
+        value, djoint, dloo = _fwd(joint_logits, loo_logits, *arguments)
+        ctx.save_for_backward(djoint, dloo)
+        ctx.dtypes = joint_logits.dtype, loo_logits.dtype
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dvalue):
+        gradients = ((dvalue * saved).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return *gradients, None, None, None, None, None
+
+
+def leave_one_out_kl(
+    joint_logits: Tensor,
+    loo_logits: Tensor,
+    *,
+    temperature: float = 1.5,
+    detach_joint: bool = True,
+    direction: str = "joint_to_loo",
+    objective: str = "shared",
+    impl: str = "auto",
+) -> Tensor:
+    """L_MI: mean over clips of the sum over views of KL(P_Z || P_{Z without v}), differentiable in both arguments.
+
+    P are softmaxes of logits over the temperature (SDR's L_MI after Ba et al., "Exposing the Deception", AAAI 2024).
+
+    Args:
+        joint_logits: [B, K], B and K at least 1; float32, float16 or bfloat16 (the reference takes float64 too).
+        loo_logits: [B, V, K] of joint_logits' dtype, row v from all views but v; V = 0 gives 0.
+        temperature: divides all logits before the softmax, above 0.
+        detach_joint: no gradient into ``joint_logits``.
+        direction: "joint_to_loo", or "loo_to_joint" for the reverse divergence.
+        objective: "shared" gives the divergence, "complementary" the mean over clips of exp(-its sum).
+        impl: "auto" (Triton on CUDA, else the reference), "reference" or "triton".
+
+    Returns:
+        Scalar, float32 or wider.
+
+    Raises:
+        ValueError: a rank, shape, device, temperature or name is wrong.
+        TypeError: a dtype is wrong.
+        RuntimeError: the named implementation cannot run here.
+    """
+    check_logits(joint_logits, loo_logits, temperature, direction, objective)
+    unfit = "joint_logits must not be float64" if joint_logits.dtype == torch.float64 else ""
+    impl = select_impl(impl, joint_logits, unfit=unfit)
+    if impl == "reference":
+        return leave_one_out_kl_reference(joint_logits, loo_logits, temperature, detach_joint, direction, objective)
+    reverse, complementary = direction == "loo_to_joint", objective == "complementary"
+    return _LeaveOneOutKL.apply(joint_logits, loo_logits, temperature, detach_joint, reverse, complementary, impl)
+
+
+def check_logits(joint: Tensor, loo: Tensor, temperature: float, direction: str, objective: str) -> None:
+    """Raise ValueError or TypeError that names the argument, the rule and what came."""
+    check_floating(joint_logits=joint, loo_logits=loo)
+    if joint.ndim != 2 or min(joint.shape) < 1:
+        raise ValueError(f"joint_logits must be [B, K] with neither 0, got {list(joint.shape)}")
+    if loo.ndim != 3 or loo.shape[0] != joint.shape[0] or loo.shape[2] != joint.shape[1]:
+        B, K = joint.shape
+        raise ValueError(f"loo_logits must be [B, V, K] = [{B}, V, {K}] to fit joint_logits, got {list(loo.shape)}")
+    if loo.dtype != joint.dtype:
+        raise TypeError(f"loo_logits must have joint_logits' dtype, {joint.dtype}, got {loo.dtype}")
+    if loo.device != joint.device:
+        raise ValueError(f"loo_logits must have joint_logits' device, {joint.device}, got {loo.device}")
+    if not temperature > 0:
+        raise ValueError(f"mi_temperature must be above 0, got {temperature}")
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
