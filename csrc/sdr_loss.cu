@@ -1,33 +1,21 @@
 // All of SDR's losses and gradients in one launch. Every block but the last computes all similarities of the features
 // anew, cheaper than to wait for others, and then the gradient of its own COLUMNS columns; the last one has the logits.
 
-#include "mma.cuh"
+#include "products.cuh"
 #include "reduce.cuh"
 #include "registry.h"
 #include "tile.cuh"
 
 namespace {
 
-constexpr int WARPS = 8;
-constexpr int THREADS = 32 * WARPS;
-constexpr int WARPS_M = 4;
-constexpr int WARPS_N = 2;
 constexpr int COLUMNS = 32;  // of the gradient, a lane each
-constexpr int STAGES = 4;
-constexpr int CHUNKS = 8;  // of 16 bytes in a row of a stage; one more, so that eight rows start in different banks
 constexpr float LOWEST = -3.402823466e+38f;
 constexpr float ZERO_NORM = 1e-12f;  // a shorter row is similar to none and gets no gradient
-
-template <typename T>
-constexpr int BLOCK_D = CHUNKS * Chunk<T>::SIZE;
-
-template <typename T, int ROWS>
-using Stage = T[ROWS][(CHUNKS + 1) * Chunk<T>::SIZE];
 
 template <typename T, int ROWS>
 struct alignas(16) Shared {
   union {
-    Stage<T, ROWS> stages[STAGES];
+    Stage<T, ROWS> stages[STAGES];  // until all products are known
     float products[ROWS][ROWS + 4];  // x_i . x_j, and then the weight of x_j in the gradient of x_i
   };
   float columns[ROWS][COLUMNS];
@@ -39,138 +27,6 @@ struct alignas(16) Shared {
   float loss[ROWS];
   float along[ROWS];  // sum over j of weight_ij (1 - x_i . x_j / x_i . x_i)
 };
-
-// products of all pairs from a stage of BLOCK_D columns, added to sums. Both sums are short: tensor cores truncate, and
-// float32 additions one after the other would lose what a library's do not.
-template <int ROWS>
-struct HalfProducts {
-  static constexpr int M = ROWS / WARPS_M, N = ROWS / WARPS_N;  // of a warp
-  float sums[M / 16][N / 8][4] = {};
-
-  template <typename T>
-  __device__ void add(const Stage<T, ROWS>& stage) {
-    constexpr int STEPS = BLOCK_D<T> / 16;
-    const int lane = threadIdx.x % 32, row0 = warp_row(), column0 = warp_column();
-    unsigned a[M / 16][STEPS][4];
-#pragma unroll
-    for (int m = 0; m < M / 16; ++m) {
-#pragma unroll
-      for (int k = 0; k < STEPS; ++k) {
-        ldmatrix_x4(a[m][k], &stage[row0 + 16 * m + lane % 16][16 * k + lane / 16 * 8]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-      float part[M / 16][4] = {};
-#pragma unroll
-      for (int k = 0; k < STEPS; k += 2) {
-        unsigned b[4];  // not transposed: a row of x is a column of its transpose
-        ldmatrix_x4(b, &stage[column0 + 8 * n + lane % 8][16 * k + lane / 8 * 8]);
-#pragma unroll
-        for (int m = 0; m < M / 16; ++m) {
-          mma_m16n8k16<T>(part[m], a[m][k], b[0], b[1]);
-          mma_m16n8k16<T>(part[m], a[m][k + 1], b[2], b[3]);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < M / 16; ++m) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[m][n][i] += part[m][i];
-      }
-    }
-  }
-
-  __device__ void store(float (&products)[ROWS][ROWS + 4]) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int m = 0; m < M / 16; ++m) {
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-        const int row = warp_row() + 16 * m + lane / 4, column = warp_column() + 8 * n + lane % 4 * 2;
-        products[row][column] = sums[m][n][0];
-        products[row][column + 1] = sums[m][n][1];
-        products[row + 8][column] = sums[m][n][2];
-        products[row + 8][column + 1] = sums[m][n][3];
-      }
-    }
-  }
-
-  __device__ static int warp_row() { return threadIdx.x / 32 / WARPS_N * M; }
-  __device__ static int warp_column() { return threadIdx.x / 32 % WARPS_N * N; }
-};
-
-// The same without tensor cores, which would round float32; a thread has every 16th row and column.
-template <int ROWS>
-struct FloatProducts {
-  static constexpr int EACH = ROWS / 16;
-  float sums[EACH][EACH] = {};
-
-  __device__ void add(const Stage<float, ROWS>& stage) {
-    float parts[EACH][EACH] = {};
-    for (int d = 0; d < BLOCK_D<float>; d += 4) {
-      float4 x[EACH];
-#pragma unroll
-      for (int m = 0; m < EACH; ++m) x[m] = *reinterpret_cast<const float4*>(&stage[threadIdx.x / 16 + 16 * m][d]);
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) {
-        const float4 y = *reinterpret_cast<const float4*>(&stage[threadIdx.x % 16 + 16 * n][d]);
-#pragma unroll
-        for (int m = 0; m < EACH; ++m) {
-          parts[m][n] += x[m].x * y.x;
-          parts[m][n] += x[m].y * y.y;
-          parts[m][n] += x[m].z * y.z;
-          parts[m][n] += x[m].w * y.w;
-        }
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < EACH; ++m) {
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) sums[m][n] += parts[m][n];
-    }
-  }
-
-  __device__ void store(float (&products)[ROWS][ROWS + 4]) const {
-#pragma unroll
-    for (int m = 0; m < EACH; ++m) {
-#pragma unroll
-      for (int n = 0; n < EACH; ++n) products[threadIdx.x / 16 + 16 * m][threadIdx.x % 16 + 16 * n] = sums[m][n];
-    }
-  }
-};
-
-template <typename T, int ROWS>
-struct Products : HalfProducts<ROWS> {};
-template <int ROWS>
-struct Products<float, ROWS> : FloatProducts<ROWS> {};
-
-// All x_i . x_j to shared.products; those of rows from N on are 0.
-template <typename T, int ROWS>
-__device__ void multiply(const T* features, int64_t N, int64_t D, Shared<T, ROWS>& shared) {
-  const bool whole = has_whole_chunks(features, D);
-  const int steps = static_cast<int>(ceil_div(D, BLOCK_D<T>));
-  auto load = [&](int step) {
-    if (step < steps) {
-      Stage<T, ROWS>& stage = shared.stages[step % STAGES];
-      for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-        const int row = i / CHUNKS, d = i % CHUNKS * Chunk<T>::SIZE;
-        const int64_t column = int64_t{step} * BLOCK_D<T> + d;
-        copy_chunk(&stage[row][d], features + row * D + column, row < N ? D - column : 0, whole);
-      }
-    }
-    cp_async_commit();  // an empty group too: the wait below counts groups
-  };
-  Products<T, ROWS> products;
-  for (int step = 0; step < STAGES - 1; ++step) load(step);
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<STAGES - 2>();
-    __syncthreads();  // this stage has come for all, and the one before it, which the next load overwrites, was read
-    load(step + STAGES - 1);
-    products.add(shared.stages[step % STAGES]);
-  }
-  __syncthreads();  // the stages were read
-  products.store(shared.products);
-}
 
 template <typename T, int ROWS>
 __device__ float cosine(const Shared<T, ROWS>& shared, int i, int j) {
@@ -251,7 +107,7 @@ __device__ void contrastive(
     const T* features, const int64_t* labels, float* loss, float* dfeatures, int64_t column0,
     int N, int64_t V, int64_t D, float temperature, bool real_anchors, Shared<T, ROWS>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  multiply(features, N, D, shared);
+  multiply(features, N, D, shared.stages, shared.products);
   __syncthreads();
   for (int i = threadIdx.x; i < N; i += THREADS) {
     const float norm = sqrtf(shared.products[i][i]);
@@ -376,8 +232,7 @@ __device__ float binary_cross_entropy(float z, float label, float* dlogit, float
 }  // namespace
 
 // features: [B * V, D]; labels: [B]; logits: [B]; joint: [B, K]; loo: [B, W, K]; parts: [4], ce, mi, contrastive, aux;
-// dfeatures: [B * V, D]; dlogits: [B]; djoint: [2, B, K] and dloo: [2, B, W, K], of mi and of aux. B * V <= ROWS
-// unless D is 0.
+// dfeatures: [B * V, D]; dlogits: [B]; djoint: [2, B, K] and dloo: [2, B, W, K], of mi and of aux. B * V <= ROWS.
 template <typename T, int ROWS>
 __device__ void sdr_loss(
     const T* features, const int64_t* labels, const float* logits, const float* joint, const float* loo,
@@ -412,7 +267,6 @@ __device__ void sdr_loss(
     parts[0] = ce;
     parts[1] = mi;
     parts[3] = aux;
-    if (D == 0) parts[2] = 0;
   }
 }
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ import torch
 from compare import LAYOUTS, assert_matches_reference
 from cuda_emulation.emulator import CSRC, Emulator
 
-from sdr_kernels._cuda import sdr_loss, temporal_conv3d
+from sdr_kernels import _ops, sdr_loss, temporal_conv3d
+from sdr_kernels._cuda.temporal_conv3d import shared_bytes
 from sdr_kernels.sdr_loss import LossOptions, sdr_loss_reference
 from sdr_kernels.temporal_conv3d import temporal_conv3d_reference
 
@@ -40,17 +42,36 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.fixture
-def conv(monkeypatch):
-    """The launcher of temporal_conv3d on emulated kernels, of the source as it is or of another."""
+# B, V, D, W, K: one row, no view left out, on and off 64 and 128 rows, the columns of a block and chunks of 16 bytes
+LOSSES = [
+    (1, 1, 1, 0, 2),
+    (2, 2, 8, 2, 2),
+    (3, 1, 33, 0, 2),
+    (5, 3, 64, 3, 3),
+    (16, 4, 72, 4, 2),
+    (13, 5, 31, 5, 2),
+    (32, 4, 200, 4, 8),
+]
 
-    def emulated(source: str | None = None):
-        monkeypatch.setattr(temporal_conv3d, "launch", Emulator("temporal_conv3d", source).launch)
-        return lambda x, weight, scale=None, shift=None, residual=None, relu=False: temporal_conv3d.temporal_conv3d_fwd(
-            x, weight, scale, shift, residual, relu
-        )
 
-    return emulated
+@pytest.fixture(autouse=True)
+def emulate(monkeypatch):
+    """impl="cuda" runs emulated kernels on CPU tensors; the function given has those of changed texts run."""
+
+    def run(op: str, changed: dict[str, str] | None = None):
+        monkeypatch.setattr(import_module(f"sdr_kernels._cuda.{op}"), "launch", Emulator(op, changed).launch)
+
+    monkeypatch.setattr(_ops, "why_not", lambda kernels, device: "")
+    run("sdr_loss")
+    run("temporal_conv3d")
+    return run
+
+
+def conv(x, weight, scale=None, shift=None, residual=None, relu=False):
+    return temporal_conv3d(x, weight, scale, shift, residual=residual, relu=relu, impl="cuda")
+
+
+loss = partial(sdr_loss, impl="cuda")
 
 
 def conv_inputs(shape, dtype):
@@ -63,37 +84,42 @@ def conv_inputs(shape, dtype):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
-def test_conv_matches_reference(shape, dtype, conv):
+def test_conv_matches_reference(shape, dtype):
     inputs = conv_inputs(shape, dtype)
-    function = conv()
-    assert_matches_reference(function, temporal_conv3d_reference, inputs[:2])
-    assert_matches_reference(partial(function, relu=True), partial(temporal_conv3d_reference, relu=True), inputs)
+    assert_matches_reference(conv, temporal_conv3d_reference, inputs[:2])
+    assert_matches_reference(partial(conv, relu=True), partial(temporal_conv3d_reference, relu=True), inputs)
+
+
+@pytest.mark.parametrize("shape", CONVOLUTIONS, ids=str)
+def test_conv_gradients_match_reference(shape):
+    inputs = [x.requires_grad_() for x in conv_inputs(shape, torch.float16)]
+    assert_matches_reference(partial(conv, relu=True), partial(temporal_conv3d_reference, relu=True), inputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_conv_takes_any_memory_layout(layout, conv):
+def test_conv_takes_any_memory_layout(layout):
     x, *rest = conv_inputs((2, 2, 16, 24, 3, 4, 3, 5), torch.float16)
-    assert_matches_reference(conv(), temporal_conv3d_reference, [LAYOUTS[layout](x), *rest])
+    assert_matches_reference(conv, temporal_conv3d_reference, [LAYOUTS[layout](x), *rest])
 
 
 @pytest.mark.parametrize("misaligned", [0, 1, 4], ids=["x", "weight", "residual"])
-def test_conv_takes_channels_last_off_16_bytes(misaligned, conv):
+def test_conv_takes_channels_last_off_16_bytes(misaligned):
     inputs = conv_inputs((1, 2, 16, 24, 3, 4, 3, 5), torch.bfloat16)
     moved = inputs[misaligned]
     order = (0, 3, 2, 1) if moved.ndim == 4 else (0, 1, 3, 4, 5, 2)  # of the kernel, which then makes no copy
     packed = LAYOUTS["misaligned"](moved.permute(order))
     assert packed.data_ptr() % 16
     inputs[misaligned] = packed.permute([order.index(i) for i in range(moved.ndim)])
-    assert_matches_reference(conv(), temporal_conv3d_reference, inputs)
+    assert_matches_reference(conv, temporal_conv3d_reference, inputs)
 
 
-def test_conv_keeps_nan_and_inf(conv):
+def test_conv_keeps_nan_and_inf():
     inputs = conv_inputs((1, 2, 17, 20, 3, 4, 3, 5), torch.float16)
     inputs[0][0, 0, 3, 1, 2, 2] = float("nan")
     inputs[0][0, 1, 5, 3, 0, 4] = float("inf")
     inputs[4][0, 1, 7, 0, 1, 1] = float("nan")
     inputs[4][0, 1, 8, 0, 1, 1] = -float("inf")
-    assert_matches_reference(partial(conv(), relu=True), partial(temporal_conv3d_reference, relu=True), inputs)
+    assert_matches_reference(partial(conv, relu=True), partial(temporal_conv3d_reference, relu=True), inputs)
 
 
 @pytest.mark.parametrize("clip", [0, 256])
@@ -109,89 +135,15 @@ def test_conv_reaches_beyond_two_to_the_31(clip):
     grid = clips * rows // 128
     Emulator("temporal_conv3d").emulate(
         "temporal_conv3d_float16_n64", slots, (ctypes.c_int64 * 13)(*[-1] * 13), grid,
-        range(clip * rows // 128, clip * rows // 128 + 1), 256, temporal_conv3d.shared_bytes(64),
+        range(clip * rows // 128, clip * rows // 128 + 1), 256, shared_bytes(64),
     )  # fmt: skip
     torch.testing.assert_close(out[clip, :128], shown @ weight)
 
 
 def test_conv_refuses_float32():
-    assert "float32" in temporal_conv3d.why_unfit(torch.zeros(1))
-    assert not temporal_conv3d.why_unfit(torch.zeros(1, dtype=torch.bfloat16))
-
-
-def check_all(function, reference, cases):
-    for inputs in cases:
-        assert_matches_reference(function, reference, inputs)
-
-
-CONV_BUGS = {
-    "no padding of time": ("row >= 0 && row < num_rows ?", "true ?"),
-    "no mask on channels in": ("k0 + k < C_in ?", "true ?"),
-    "no mask on rows out": ("row0 + m < num_rows ?", "true ?"),
-    "a row past the chunk": ("store_chunk(out + offset, values, count,", "store_chunk(out + offset, values, 8,"),
-    "swapped fragments of weight": ("x[m], w[0], w[1])", "x[m], w[0], w[2])"),
-    "swapped rows and columns of the sums": ("lane / 4][warp_column + 8 * n + lane % 4 * 2]",
-                                             "lane % 8][warp_column + 8 * n + lane / 8 * 2]"),
-    "no barrier before the product": ("    __syncthreads();  // this stage", "    // this stage"),
-    "no barrier before the sums": ("  __syncthreads();  // the stages", "  // the stages"),
-    "no barrier after the sums": ("  __syncthreads();\n  const bool whole_out", "  const bool whole_out"),
-    "copies not waited for": ("cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"),
-    "too little shared memory": ("constexpr int PAD = 8", "constexpr int PAD = 16"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("bug", CONV_BUGS)
-def test_a_planted_bug_in_conv_shows(bug, conv):
-    right, wrong = CONV_BUGS[bug]
-    source = (CSRC / "temporal_conv3d.cu").read_text()
-    assert source.count(right) == 1
-    function = conv(source.replace(right, wrong))
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_all(
-            function, temporal_conv3d_reference, (conv_inputs(shape, torch.float16)[:2] for shape in CONVOLUTIONS)
-        )
-
-
-# B, V, D, W, K: one row, no view left out, on and off 64 and 128 rows, the columns of a block and chunks of 16 bytes
-LOSSES = [
-    (1, 1, 1, 0, 2),
-    (2, 2, 8, 2, 2),
-    (3, 1, 33, 0, 2),
-    (5, 3, 64, 3, 3),
-    (16, 4, 72, 4, 2),
-    (13, 5, 31, 5, 2),
-    (32, 4, 200, 4, 8),
-]
-
-
-class EmulatedLoss(torch.autograd.Function):
-    """As the op's: gradients of weight 1 from the forward, scaled."""
-
-    @staticmethod
-    def forward(ctx, features, labels, logits, joint, loo, options):
-        parts, *gradients = sdr_loss.sdr_loss_fwd(features, labels, logits, joint, loo, *options.arguments)
-        ctx.save_for_backward(*gradients)
-        ctx.inputs = features, logits, joint, loo
-        return parts
-
-    @staticmethod
-    def backward(ctx, dparts):
-        dfeatures, dlogits, djoint, dloo = ctx.saved_tensors
-        djoint, dloo = (torch.tensordot(dparts[[1, 3]], gradient, 1) for gradient in (djoint, dloo))
-        gradients = dparts[2] * dfeatures, dparts[0] * dlogits, djoint, dloo
-        dfeatures, *heads = (g.view(x.shape).to(x.dtype) for g, x in zip(gradients, ctx.inputs, strict=True))
-        return dfeatures, None, *heads, None
-
-
-@pytest.fixture
-def loss(monkeypatch):
-    """The launcher of sdr_loss on emulated kernels, of the source as it is or of another."""
-
-    def emulated(source: str | None = None):
-        monkeypatch.setattr(sdr_loss, "launch", Emulator("sdr_loss", source).launch)
-        return EmulatedLoss.apply
-
-    return emulated
+    inputs = conv_inputs(CONVOLUTIONS[0], torch.float32)
+    with pytest.raises(RuntimeError, match="x must be float16 or bfloat16"):
+        conv(*inputs)
 
 
 def loss_inputs(shape, dtype, options=LossOptions()):  # noqa: B008 - it is immutable
@@ -203,16 +155,16 @@ def loss_inputs(shape, dtype, options=LossOptions()):  # noqa: B008 - it is immu
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("shape", LOSSES, ids=str)
-def test_loss_matches_reference(shape, dtype, loss):
-    assert_matches_reference(loss(), sdr_loss_reference, loss_inputs(shape, dtype))
+def test_loss_matches_reference(shape, dtype):
+    assert_matches_reference(loss, sdr_loss_reference, loss_inputs(shape, dtype))
 
 
 @pytest.mark.parametrize("objective", ["shared", "complementary"])
 @pytest.mark.parametrize("direction", ["joint_to_loo", "loo_to_joint"])
 @pytest.mark.parametrize(("anchors", "detach_joint"), [("all", False), ("real", True)])
-def test_every_reading_of_the_loss(objective, direction, anchors, detach_joint, loss):
+def test_every_reading_of_the_loss(objective, direction, anchors, detach_joint):
     options = LossOptions(0.1, 2.0, anchors, detach_joint, direction, objective)
-    assert_matches_reference(loss(), sdr_loss_reference, loss_inputs((6, 3, 40, 3, 2), torch.float32, options))
+    assert_matches_reference(loss, sdr_loss_reference, loss_inputs((6, 3, 40, 3, 2), torch.float32, options))
 
 
 LOSS_EDGES = {
@@ -233,41 +185,67 @@ LOSS_EDGES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("edge", LOSS_EDGES)
-def test_edges_of_the_loss(edge, dtype, loss):
+def test_edges_of_the_loss(edge, dtype):
     inputs = LOSS_EDGES[edge](*loss_inputs((5, 3, 24, 3, 2), dtype))
     inputs = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs]
-    assert_matches_reference(loss(), sdr_loss_reference, inputs)
+    assert_matches_reference(loss, sdr_loss_reference, inputs)
 
 
-def test_loss_without_features_takes_any_number_of_clips(loss):
-    features, *rest = loss_inputs((300, 1, 0, 2, 2), torch.float32)
-    assert_matches_reference(loss(), sdr_loss_reference, [features.detach(), *rest])
-
-
-LOSS_BUGS = {
-    "no mask on rows": ("row < N ? D - column : 0", "D - column"),
-    "no mask on columns": ("row < N && column < D ?", "row < N ?"),
-    "swapped fragments": ("a[m][k], b[0], b[1]", "a[m][k], b[1], b[0]"),
-    "swapped rows of the sums": ("[column + 1] = sums[m][n][3]", "[column + 1] = sums[m][n][1]"),
-    "no barrier before the product": ("    __syncthreads();  // this stage", "    // this stage"),
-    "no barrier before the products are stored": ("  __syncthreads();  // the stages", "  // the stages"),
-    "no barrier before the weights": ("  reduce_rows(N, temperature, real_anchors, shared);\n  __syncthreads();",
-                                      "  reduce_rows(N, temperature, real_anchors, shared);"),
-    "an own product that is overwritten": ("    __syncwarp();  // all lanes", "    // all lanes"),
-    "its own similarity counted": ("if (j < N && j != i) {\n        const float logit",
-                                   "if (j < N) {\n        const float logit"),
-    "copies not waited for": ("cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"),
+# of a file: what is wrong, its text, and what that becomes
+BUGS = {
+    "temporal_conv3d.cu": {
+        "no padding of time": ("row >= 0 && row < num_rows ?", "true ?"),
+        "no mask on channels in": ("k0 + k < C_in ?", "true ?"),
+        "no mask on rows out": ("row0 + m < num_rows ?", "true ?"),
+        "writes past the last channel": ("store_chunk(out + offset, values, count,",
+                                         "store_chunk(out + offset, values, 8,"),
+        "swapped fragments of weight": ("x[m], w[0], w[1])", "x[m], w[0], w[2])"),
+        "swapped rows and columns of the sums": ("lane / 4][warp_column + 8 * n + lane % 4 * 2]",
+                                                 "lane % 8][warp_column + 8 * n + lane / 8 * 2]"),
+        "no barrier before the product": ("    __syncthreads();  // this stage", "    // this stage"),
+        "no barrier before the sums": ("  __syncthreads();  // the stages", "  // the stages"),
+        "no barrier after the sums": ("  __syncthreads();\n  const bool whole_out", "  const bool whole_out"),
+        "copies not waited for": ("cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"),
+        "too little shared memory": ("constexpr int PAD = 8", "constexpr int PAD = 16"),
+    },
+    "products.cuh": {
+        "no mask on rows": ("row < N ? D - column : 0", "D - column"),
+        "swapped fragments": ("a[m][k], b[0], b[1]", "a[m][k], b[1], b[0]"),
+        "a fragment of another row": ("[column + 1] = sums[m][n][3]", "[column + 1] = sums[m][n][1]"),
+        "no barrier before the product": ("    __syncthreads();  // this stage", "    // this stage"),
+        "no barrier before products are stored": ("  __syncthreads();  // the stages", "  // the stages"),
+        "copies not waited for": ("cp_async_wait<STAGES - 2>", "cp_async_wait<STAGES - 1>"),
+    },
+    "sdr_loss.cu": {
+        "no mask on columns": ("row < N && column < D ?", "row < N ?"),
+        "no barrier before the weights": ("reduce_rows(N, temperature, real_anchors, shared);\n  __syncthreads();",
+                                          "reduce_rows(N, temperature, real_anchors, shared);"),
+        "an own product that is overwritten": ("    __syncwarp();  // all lanes", "    // all lanes"),
+        "its own similarity counted": ("if (j < N && j != i) {\n        const float logit",
+                                       "if (j < N) {\n        const float logit"),
+    },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", LOSS_BUGS)
-def test_a_planted_bug_in_loss_shows(bug, loss):
-    right, wrong = LOSS_BUGS[bug]
-    source = (CSRC / "sdr_loss.cu").read_text()
-    assert source.count(right) == 1
-    function = loss(source.replace(right, wrong))
+@pytest.mark.parametrize(("file", "bug"), [(file, bug) for file, bugs in BUGS.items() for bug in bugs])
+def test_a_planted_bug_shows(file, bug, emulate):
+    right, wrong = BUGS[file][bug]
+    text = (CSRC / file).read_text()
+    assert text.count(right) == 1
+    changed = {file: text.replace(right, wrong)}
+    if file == "temporal_conv3d.cu":
+        emulate("temporal_conv3d", changed)
+        checks = [(conv, temporal_conv3d_reference, conv_inputs(shape, torch.float16)[:2]) for shape in CONVOLUTIONS]
+    else:
+        emulate("sdr_loss", changed)
+        checks = [(loss, sdr_loss_reference, loss_inputs(shape, torch.float16)) for shape in LOSSES]
     with pytest.raises((AssertionError, RuntimeError)):
-        check_all(function, sdr_loss_reference, (loss_inputs(shape, torch.float16) for shape in LOSSES))
+        check_all(checks)
+
+
+def check_all(checks):
+    for check in checks:
+        assert_matches_reference(*check)
 
 
 def compile_for(arch: str, path: Path, folder: Path, *options: str) -> tuple[Path, str]:

@@ -36,10 +36,11 @@ def compile_once(name: str, files: dict[str, str], *options: str) -> Path:
     return result
 
 
-def build(op: str, source: str) -> ctypes.CDLL:
-    """The shared library of one ``.cu`` text; the emulation's headers replace CUDA's, and ours of the same name."""
+def build(op: str, sources: dict[str, str]) -> ctypes.CDLL:
+    """The shared library of an op; the emulation's headers replace CUDA's, and ours of the same name."""
     runtime = compile_once("runtime.o", texts(HERE, ".h", ".cpp"), "-c", "runtime.cpp")
-    files = texts(CSRC, ".h", ".cuh") | texts(HERE, ".h", ".cuh") | {f"{op}.cpp": source}
+    headers = {name: text for name, text in sources.items() if not name.endswith(".cu")}
+    files = headers | texts(HERE, ".h", ".cuh") | {f"{op}.cpp": sources[f"{op}.cu"]}
     return ctypes.CDLL(str(compile_once(f"{op}.so", files, "-shared", f"{op}.cpp", str(runtime))))
 
 
@@ -54,8 +55,9 @@ def reach(tensor: Tensor) -> int:
 class Emulator:
     """Launches the kernels of one op; every launch runs twice, threads in either order, and must agree bit for bit."""
 
-    def __init__(self, op: str, source: str | None = None):
-        self.library = build(op, source or (CSRC / f"{op}.cu").read_text())
+    def __init__(self, op: str, changed: dict[str, str] | None = None):
+        """``changed``: texts that replace those of ``csrc/``, by their file's name."""
+        self.library = build(op, texts(CSRC, ".h", ".cuh", ".cu") | (changed or {}))
         self.library.emulate.restype = ctypes.c_char_p
 
     def launch(self, kernel: str, x: Tensor, grid: tuple, block: tuple, args: Sequence, shared_bytes: int = 0) -> None:
