@@ -1,5 +1,5 @@
-// The PTX instructions of sm_80 that C++ has no name for, one function each; PTX ISA, "Warp Level Matrix Instructions"
-// and "Data Movement: Asynchronous copy".
+// PTX instructions that C++ has no name for, one function each; PTX ISA, "Warp Level Matrix Instructions" and
+// "Data Movement and Conversion Instructions". They need sm_80.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,6 +39,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&matrices)[4], const
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row))) : "memory");
+}
+
+// 16 bytes to global memory; nvcc would store elements of 2 bytes in pairs.
+__device__ __forceinline__ void store_16(void* to, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :: "l"(to), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w) : "memory");
 }
 
 // 16 bytes to shared memory, of which the first `bytes` are read and the others are 0.

@@ -113,21 +113,23 @@ __device__ void temporal_conv3d(
   __syncthreads();
   const bool whole_out = has_whole_chunks(out, C_out);
   const bool whole_residual = has_whole_chunks(residual, C_out);
-  for (int i = threadIdx.x; i < BLOCK_M * BLOCK_N / 8; i += THREADS) {
-    const int m = i / (BLOCK_N / 8), n = i % (BLOCK_N / 8) * 8;
-    const int64_t column = column0 + n;
-    const int64_t count = row0 + m < num_rows ? C_out - column : 0;
-    if (count <= 0) continue;
+  constexpr int ROW_CHUNKS = BLOCK_N / 8;  // divides THREADS: a thread keeps its channels
+  const int n = threadIdx.x % ROW_CHUNKS * 8;
+  const int64_t column = column0 + n, count = C_out - column;
+  if (count <= 0) return;
+  float scales[8], shifts[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    scales[j] = scale && j < count ? scale[branch * C_out + column + j] : 1;
+    shifts[j] = shift && j < count ? shift[branch * C_out + column + j] : 0;
+  }
+  for (int m = threadIdx.x / ROW_CHUNKS; m < BLOCK_M && row0 + m < num_rows; m += THREADS / ROW_CHUNKS) {
     const int64_t offset = (clip * num_rows + row0 + m) * C_out + column;
     Chunk<T> values;
     if (residual) values = load_chunk(residual + offset, count, whole_residual);
 #pragma unroll
-    for (int j = 0; j < Chunk<T>::SIZE; ++j) {
-      float value = sums[m][n + j];
-      if (j < count) {
-        if (scale) value *= scale[branch * C_out + column + j];
-        if (shift) value += shift[branch * C_out + column + j];
-      }
+    for (int j = 0; j < 8; ++j) {
+      float value = sums[m][n + j] * scales[j] + shifts[j];
       if (residual) value += to_float(values.values[j]);
       if (relu && value < 0) value = 0;  // a comparison keeps NaN, fmaxf would drop it
       from_float(values.values[j], value);

@@ -31,8 +31,11 @@ __device__ bool has_whole_chunks(const T* rows, int64_t C) {
 // A chunk of which `count` elements exist, at most; the others are 0.
 template <typename T>
 __device__ Chunk<T> load_chunk(const T* from, int64_t count, bool whole) {
-  if (whole && count > 0) return *reinterpret_cast<const Chunk<T>*>(from);
   Chunk<T> chunk;
+  if (whole && count > 0) {
+    reinterpret_cast<uint4&>(chunk) = *reinterpret_cast<const uint4*>(from);  // in one instruction
+    return chunk;
+  }
   for (int i = 0; i < Chunk<T>::SIZE; ++i) {
     if (i < count) chunk.values[i] = from[i];
     else from_float(chunk.values[i], 0.0f);
@@ -43,7 +46,7 @@ __device__ Chunk<T> load_chunk(const T* from, int64_t count, bool whole) {
 template <typename T>
 __device__ void store_chunk(T* to, const Chunk<T>& chunk, int64_t count, bool whole) {
   if (whole && count > 0) {
-    *reinterpret_cast<Chunk<T>*>(to) = chunk;
+    store_16(to, reinterpret_cast<const uint4&>(chunk));
     return;
   }
   for (int i = 0; i < Chunk<T>::SIZE; ++i) {

@@ -65,6 +65,11 @@ inline void load_matrices(unsigned (&matrices)[4], const void* row, bool transpo
 inline void ldmatrix_x4(unsigned (&matrices)[4], const void* row) { load_matrices(matrices, row, false); }
 inline void ldmatrix_x4_trans(unsigned (&matrices)[4], const void* row) { load_matrices(matrices, row, true); }
 
+inline void store_16(void* to, uint4 words) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) fail("a store of 16 bytes to an address that is not a multiple of 16");
+  std::memcpy(to, &words, 16);
+}
+
 // done no sooner than the thread waits for it
 void cp_async_16(void* to, const void* from, int bytes);
 void cp_async_commit();
