@@ -21,7 +21,8 @@ def info_nce_reference(features: Tensor, labels: Tensor, temperature: float = 0.
     """The definition, with the N x N matrix, in float32 or wider."""
     unit = normalise(features)
     own = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-    logits = (unit @ unit.T / temperature).masked_fill(own, -torch.inf)
+    with torch.autocast(unit.device.type, enabled=False):  # which would multiply in half precision
+        logits = (unit @ unit.T / temperature).masked_fill(own, -torch.inf)
     log_prob = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(own, 0)  # N = 1: -inf - -inf stays masked
     positive = (labels[:, None] == labels[None, :]) & ~own
     count = positive.sum(1)

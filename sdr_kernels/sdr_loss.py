@@ -11,7 +11,7 @@ from sdr_kernels._ops import check_floating, check_same, register, select_impl
 from sdr_kernels.info_nce import check_features, info_nce, info_nce_reference
 from sdr_kernels.leave_one_out_kl import check_logits, leave_one_out_kl_reference
 
-MAX_ROWS = 128  # of features whose similarities fit one program
+MAX_ROWS = 64  # of features whose similarities fit one program: the paper's 16 clips of 4 views
 MAX_CLASSES = 16
 
 
@@ -87,7 +87,7 @@ class _SDRLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dparts):
         dfeatures, dlogits, djoint, dloo = ctx.saved_tensors
-        heads = ((dparts[1::2] @ d.flatten(1)).view(d.shape[1:]) for d in (djoint, dloo))
+        heads = ((dparts[1::2, None] * d.flatten(1)).sum(0).view(d.shape[1:]) for d in (djoint, dloo))
         gradients = (dparts[2] * dfeatures).view(ctx.shape), dparts[0] * dlogits, *heads
         dfeatures, dlogits, djoint, dloo = (g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dfeatures, None, dlogits, djoint, dloo, *[None] * 7
@@ -111,7 +111,7 @@ def sdr_loss(
     - contrastive: :func:`sdr_kernels.info_nce` of all rows of ``features``, each with its clip's label;
     - aux: cross-entropy of the joint and the leave-one-out logits.
 
-    Up to 128 rows of features take one launch for values and gradients; more take info_nce's own launches.
+    Up to 64 rows of features take one launch for values and gradients; more take info_nce's own launches.
 
     Args:
         features: [B, V, D], B clips by V views, float32, float16 or bfloat16 (the reference takes float64 too).
@@ -121,7 +121,7 @@ def sdr_loss(
         loo_logits: [B, W, K], one for each view left out; W = 0 for a single view. joint_logits' dtype.
         options: temperatures and readings of the parts.
         group: processes whose rows of features join, see :func:`sdr_kernels.info_nce`.
-        impl: "auto" (Triton on CUDA, else the reference), "reference", "triton" or "cuda" (up to 128 rows).
+        impl: "auto" (Triton on CUDA, else the reference), "reference", "triton" or "cuda" (up to 64 rows).
 
     Returns:
         [4], ce, mi, contrastive and aux, float32 or wider.

@@ -11,7 +11,7 @@ from sdr_kernels import LossOptions, info_nce, leave_one_out_kl, sdr_loss
 from sdr_kernels.sdr_loss import MAX_ROWS, sdr_loss_reference
 
 # B, V, D: one row, one view, the paper's batch, as many rows as fit, more, and widths on and off the tiles
-SHAPES = [(1, 1, 5), (1, 4, 3), (5, 1, 16), (4, 4, 70), (16, 4, 129), (9, 14, 20), (64, 2, 8), (33, 4, 6)]
+SHAPES = [(1, 1, 5), (1, 4, 3), (5, 1, 16), (4, 4, 70), (16, 4, 129), (9, 7, 20), (64, 1, 8), (33, 4, 6)]
 OPTIONS = [
     LossOptions(anchors=a, detach_joint=d, direction=k, objective=o)
     for a, d, k, o in product(
@@ -120,6 +120,19 @@ def test_unit_gradients_are_scaled_by_part(device):
         for f in (partial(sdr_loss, impl="triton"), sdr_loss_reference)
     )
     torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_autocast_does_not_reach_in(impl, device):
+    inputs = make_inputs((6, 4, 10), torch.float32, device)
+    leaves = [t for t in inputs if t.requires_grad]
+    outside = sdr_loss(*inputs, impl=impl)
+    expected = torch.autograd.grad(outside.sum(), leaves, allow_unused=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        inside = sdr_loss(*inputs, impl=impl)
+    gradients = torch.autograd.grad(inside.sum(), leaves, allow_unused=True)
+    assert torch.equal(inside, outside)
+    assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
 
 
 def test_repeats_are_bit_equal(dtype, device):

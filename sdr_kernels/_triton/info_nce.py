@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdr_kernels._cases import PRECISIONS, AuditCase, randn
 from sdr_kernels._tiles import choose_tile, precision_class, width_class
-from sdr_kernels.info_nce import info_nce_reference
+from sdr_kernels.info_nce import ZERO_NORM, info_nce_reference
 
 
 @triton.jit
@@ -54,16 +54,28 @@ def row_norms(features_ptr, rows, N, D: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 @triton.jit
 def inner_products(
     features_ptr, rows, norm, columns, other_norm, N,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Of these rows with those, [BLOCK_M, BLOCK_N]."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D).to(tl.int64)
-        x = load_features(features_ptr, rows, norm, d, N, D)
-        y = load_features(features_ptr, columns, other_norm, d, N, D)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
+        x = load_features(features_ptr, rows, norm, k, N, D)
+        y = load_features(features_ptr, columns, other_norm, k, N, D)
         acc = tl.dot(x, tl.trans(y), acc, input_precision="ieee")
     return acc
+
+
+@triton.jit
+def others(first_row, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile's row is not its column, [BLOCK_M, BLOCK_N]; in 32 bits, which take half the registers."""
+    ahead = (first_row - first_column).to(tl.int32)
+    return tl.arange(0, BLOCK_M)[:, None] + ahead != tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def at_least_one(count):
+    return tl.where(count > 1.0, count, 1.0)
 
 
 @triton.jit
@@ -89,27 +101,17 @@ def product_with_rows(weights, x, acc):
 
 
 @triton.jit(do_not_specialize=["N"])
-def _row_norms_kernel(
-    features_ptr,  # [N, D]
-    rows_ptr,  # [4, N] float64: the first row is written
-    N,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(rows_ptr + rows, row_norms(features_ptr, rows, N, D, BLOCK_M, BLOCK_D), mask=rows < N)
-
-
-@triton.jit(do_not_specialize=["N"])
 def _info_nce_fwd_kernel(
     features_ptr,  # [N, D]
     labels_ptr,  # [N], integers
     rows_ptr,  # [4, N] float64, see load_row_terms: reads the first, writes the others
     loss_ptr,  # [N] float32: what each row adds
     N, temperature,
-    D: tl.constexpr, REAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, REAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = features_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
     mask = rows < N
     norm = tl.load(rows_ptr + rows, mask=mask, other=float("inf")).to(tl.float32)
     label = tl.load(labels_ptr + rows, mask=mask, other=0)
@@ -122,9 +124,9 @@ def _info_nce_fwd_kernel(
         columns = start + tl.arange(0, BLOCK_N).to(tl.int64)
         other = tl.load(labels_ptr + columns, mask=columns < N, other=0)
         other_norm = tl.load(rows_ptr + columns, mask=columns < N, other=float("inf")).to(tl.float32)
-        dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_D)
+        dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_K)
         logits = dots * left_over(norm, dtype)[:, None] * left_over(other_norm, dtype)[None, :] / temperature
-        apart = (columns < N)[None, :] & (rows[:, None] != columns[None, :])
+        apart = (columns < N)[None, :] & others(first, start, BLOCK_M, BLOCK_N)
         same = apart & (label[:, None] == other[None, :])
         logits = tl.where(apart, logits, float("-inf"))
         highest = tl.maximum(largest, tl.max(logits, 1), propagate_nan=tl.PropagateNan.ALL)
@@ -138,8 +140,8 @@ def _info_nce_fwd_kernel(
         anchor_columns = (columns < N) & (other == 0) if REAL else columns < N
         anchors += tl.sum(anchor_columns.to(tl.float32), 0)
     anchor = (count > 0) & (label == 0) if REAL else count > 0
-    weight = tl.where(anchor, 1.0 / tl.maximum(anchors, 1.0), 0.0)
-    each = weight / tl.maximum(count, 1.0)
+    weight = tl.where(anchor, 1.0 / at_least_one(anchors), 0.0)
+    each = weight / at_least_one(count)
     loss = tl.where(anchor, tl.log(total) * weight - positive * each, 0.0)
     wide = N.to(tl.int64)
     tl.store(rows_ptr + wide + rows, largest, mask=mask)
@@ -166,10 +168,11 @@ def _info_nce_bwd_kernel(
     dloss_ptr,  # [] float32
     dfeatures_ptr,  # [N, D]
     N, temperature,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = features_ptr.dtype.element_ty
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     norm, largest, weight, each = load_row_terms(rows_ptr, rows, N)
     length = left_over(norm, dtype)
@@ -180,13 +183,13 @@ def _info_nce_bwd_kernel(
         columns = start + tl.arange(0, BLOCK_N).to(tl.int64)
         other_norm, other_largest, other_weight, other_each = load_row_terms(rows_ptr, columns, N)
         other = tl.load(labels_ptr + columns, mask=columns < N, other=0)
-        dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_D)
+        dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_K)
         across = left_over(other_norm, dtype)[None, :]
         logits = dots * length[:, None] * across / temperature
         pull = tl.exp(logits - largest[:, None]) * weight[:, None]
         pull += tl.exp(logits - other_largest[None, :]) * other_weight[None, :]
         pull -= tl.where(label[:, None] == other[None, :], each[:, None] + other_each[None, :], 0.0)
-        apart = (columns < N)[None, :] & (rows[:, None] != columns[None, :])
+        apart = (columns < N)[None, :] & others(first, start, BLOCK_M, BLOCK_N)
         pull = rounded(tl.where(apart, pull * across, 0.0), dtype)
         along += tl.sum(pull * dots, 1)
         acc = product_with_rows(pull, load_features(features_ptr, columns, other_norm, d, N, D), acc)
@@ -201,7 +204,8 @@ def _info_nce_bwd_kernel(
 def prepare(name: str, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Contiguous features, labels that a kernel can read, and the tile."""
     tile = choose_tile(f"{name} {precision_class(features.dtype)}", len(features), features.device)
-    tile["BLOCK_D"] = min(tile["BLOCK_D"], width_class(features.shape[1]))
+    for axis in {"BLOCK_K", "BLOCK_D"} & set(tile):
+        tile[axis] = min(tile[axis], width_class(features.shape[1]))
     labels = labels.view(torch.uint8) if labels.dtype == torch.bool else labels
     return features.contiguous(), labels.contiguous(), tile
 
@@ -211,10 +215,11 @@ def info_nce_fwd(features: Tensor, labels: Tensor, temperature: float, real_anch
     rows, losses = features.new_empty((4, N), dtype=torch.float64), features.new_empty(N, dtype=torch.float32)
     if N == 0:
         return losses.sum(), rows
+    norm = torch.linalg.vector_norm(features, dim=1, dtype=torch.float32)
+    rows[0] = norm.masked_fill(norm < ZERO_NORM, torch.inf)
     features, labels, tile = prepare("info_nce_fwd", features, labels)
     grid = (triton.cdiv(N, tile["BLOCK_M"]),)
     with torch.cuda.device_of(features):
-        _row_norms_kernel[grid](features, rows, N, D=D, BLOCK_M=tile["BLOCK_M"], BLOCK_D=tile["BLOCK_D"])
         _info_nce_fwd_kernel[grid](features, labels, rows, losses, N, temperature, D=D, REAL=real_anchors, **tile)
     return losses.sum(), rows
 

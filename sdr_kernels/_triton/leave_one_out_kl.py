@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sdr_kernels._cases import BRANCHES, PRECISIONS, AuditCase, randn
-from sdr_kernels._tiles import width_class
 from sdr_kernels.leave_one_out_kl import leave_one_out_kl_reference
 
 BLOCK_B = 32  # clips at a time
@@ -100,7 +99,7 @@ def leave_one_out_kl_fwd(
     with torch.cuda.device_of(joint_logits):
         _leave_one_out_kl_fwd_kernel[(1,)](
             joint_logits.contiguous(), loo_logits.contiguous(), value, djoint, dloo, B, V, temperature,
-            K=K, BLOCK_B=BLOCK_B, BLOCK_K=width_class(K),
+            K=K, BLOCK_B=BLOCK_B, BLOCK_K=triton.next_power_of_2(K),
             DETACH=detach_joint, REVERSE=reverse, COMPLEMENTARY=complementary, num_warps=1,
         )  # fmt: skip
     return value, djoint, dloo

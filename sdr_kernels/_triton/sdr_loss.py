@@ -15,6 +15,7 @@ from torch import Tensor
 from sdr_kernels._cases import BRANCHES, PRECISIONS, AuditCase, randn
 from sdr_kernels._tiles import choose_tile, precision_class, width_class
 from sdr_kernels._triton.info_nce import (
+    at_least_one,
     inner_products,
     left_over,
     load_features,
@@ -39,24 +40,26 @@ def contrastive(
     if dtype == tl.float32:
         norm = row_norms(features_ptr, rows, N, D, BLOCK_N, BLOCK_D)
     dots = inner_products(features_ptr, rows, norm, rows, norm, N, D, BLOCK_N, BLOCK_N, BLOCK_D)
+    lane = tl.arange(0, BLOCK_N)
+    apart = lane[:, None] != lane[None, :]
     if dtype != tl.float32:
-        norm = norm_of(tl.sum(tl.where(rows[:, None] == rows[None, :], dots, 0.0), 1))
+        norm = norm_of(tl.sum(tl.where(apart, 0.0, dots), 1))
     length = left_over(norm, dtype)
+    apart = apart & (rows < N)[:, None] & (rows < N)[None, :]
     logits = dots * length[:, None] * length[None, :] / temperature
-    apart = (rows < N)[:, None] & (rows < N)[None, :] & (rows[:, None] != rows[None, :])
-    label = tl.load(labels_ptr + rows // V, mask=rows < N, other=0).to(tl.int64)
+    label = tl.load(labels_ptr + rows // V, mask=rows < N, other=0).to(tl.int32)
     same = apart & (label[:, None] == label[None, :])
     count = tl.sum(same.to(tl.float32), 1)
     anchor = (rows < N) & (label == 0) if REAL else rows < N
     weight = tl.where(anchor & (count > 0), 1.0, 0.0)
-    each = weight / tl.maximum(count, 1.0)
+    each = weight / at_least_one(count)
     largest = tl.max(tl.where(apart, logits, float("-inf")), 1)
     # 0 of a row that meets no other would be 1 / 0: such a row has no weight
     exponentials = tl.where(apart, tl.exp(logits - largest[:, None]), 0.0)
     total = tl.sum(exponentials, 1)
     total = tl.where(weight == 0, 1.0, total)
     nearness = tl.sum(tl.where(same, logits - largest[:, None], 0.0), 1)
-    anchors = tl.maximum(tl.sum(anchor.to(tl.float32), 0), 1.0)
+    anchors = at_least_one(tl.sum(anchor.to(tl.float32), 0))
     loss = tl.sum(tl.log(total) * weight - nearness * each, 0) / anchors
     pull = exponentials * (weight / total)[:, None] - tl.where(same, each[:, None], 0.0)
     pull = tl.where(apart, pull + tl.trans(pull), 0.0) * length[None, :] / (anchors * temperature)
@@ -164,7 +167,7 @@ def sdr_loss_fwd(
         _sdr_loss_fwd_kernel[(1 + triton.cdiv(D, tile["BLOCK_D"]),)](
             *inputs, *out, B, V, W, temperature, mi_temperature,
             D=D, K=K, REAL=real_anchors, DETACH=detach_joint, REVERSE=reverse, COMPLEMENTARY=complementary,
-            BLOCK_N=block_n, BLOCK_K=width_class(K), BLOCK_B=16, **tile,
+            BLOCK_N=block_n, BLOCK_K=triton.next_power_of_2(K), BLOCK_B=16, **tile,
         )  # fmt: skip
     return tuple(out)
 
@@ -181,5 +184,6 @@ def audit_cases(precision: str) -> Iterator[AuditCase]:
     def reference(features, labels, logits, joint, loo, *_):
         return sdr_loss_reference(features, labels, logits, joint, loo)
 
-    for B, V, D in ((4, 4, 64), (8, BRANCHES, 1024), (16, BRANCHES, 2048), (32, BRANCHES, 1024)):
+    # no width: the contrastive loss is info_nce's own
+    for B, V, D in ((4, 4, 64), (8, BRANCHES, 1024), (16, BRANCHES, 2048), (64, BRANCHES, 0)):
         yield AuditCase(f"{B} x {V} rows of {D}", sdr_loss_fwd, reference, partial(inputs, B, V, D))
