@@ -27,6 +27,10 @@ TESTS = [
     "test_spatial_mean.py",
     "test_norm_linear.py",
     "test_token_attention.py",
+    "test_info_nce.py",
+    "test_leave_one_out_kl.py",
+    "test_sdr_loss.py",
+    "test_cuda_launches.py",
     "test_graphs.py",
     "test_fast.py",
 ]

@@ -25,7 +25,8 @@ STEPS = (
     ("sanitizer", 95.0, True),
     ("ceilings", 20.0, False),
     ("timings", 130.0, False),
-    ("peers", 120.0, False),
+    ("losses", 25.0, False),
+    ("peers", 110.0, False),
     ("profiling", 35.0, False),
 )
 

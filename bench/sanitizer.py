@@ -20,6 +20,7 @@ from torch import Tensor
 
 import sdr_kernels
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
+from sdr_kernels._cuda.loader import why_not_cuda
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLACES = ("/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/cuda*/bin", "/usr/bin")
@@ -30,12 +31,12 @@ PLAIN_SHARE = 0.5  # of the step's time
 MIN_TOOL_S = 15.0  # importing torch under the sanitizer takes most of it
 
 
-def temporal_conv3d(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
+def temporal_conv3d(device: torch.device, dtype: torch.dtype, impl: str = "triton") -> Iterator[object]:
     for B, V, C_in, C_out, k, T, H, W in [(2, 2, 17, 33, 3, 3, 3, 5), (1, 2, 3, 8, 5, 1, 5, 3)]:
         x, residual = (random_rows((B, V, C, T, H, W), device, dtype) for C in (C_in, C_out))
         inputs = [tensor.requires_grad_() for tensor in (x, *folded(V, C_out, C_in, k, device, dtype), residual)]
         *inputs, residual = inputs
-        out = sdr_kernels.temporal_conv3d(*inputs, residual=residual, relu=True, impl="triton")
+        out = sdr_kernels.temporal_conv3d(*inputs, residual=residual, relu=True, impl=impl)
         yield torch.autograd.grad(out, [*inputs, residual], torch.ones_like(out))
 
 
@@ -74,6 +75,27 @@ def token_attention(device: torch.device, dtype: torch.dtype) -> Iterator[object
     yield sdr_kernels.token_attention(torch.randn(2, 17, 3 * 3 * 20, device=device).to(dtype), 3, impl="triton")
 
 
+def info_nce(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
+    for N, D in [(70, 33), (3, 5)]:
+        features = torch.randn(N, D, device=device).to(dtype).requires_grad_()
+        labels = torch.arange(N, device=device) % 2
+        yield torch.autograd.grad(sdr_kernels.info_nce(features, labels, impl="triton"), features)
+
+
+def leave_one_out_kl(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
+    joint, loo = (torch.randn(s, device=device).to(dtype).requires_grad_() for s in ((33, 3), (33, 2, 3)))
+    value = sdr_kernels.leave_one_out_kl(joint, loo, detach_joint=False, impl="triton")
+    yield torch.autograd.grad(value, (joint, loo))
+
+
+def sdr_loss(device: torch.device, dtype: torch.dtype, impl: str = "triton") -> Iterator[object]:
+    for B, V, D in [(5, 3, 33), (16, 4, 72)]:
+        shapes = (B, V, D), (B,), (B, 2), (B, V, 2)
+        x, z, joint, loo = (torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes)
+        parts = sdr_kernels.sdr_loss(x, torch.arange(B, device=device) % 2, z, joint, loo, impl=impl)
+        yield torch.autograd.grad(parts.sum(), (x, z, joint, loo), allow_unused=True)
+
+
 SMALL_SHAPES: dict[str, Callable[[torch.device, torch.dtype], Iterator[object]]] = {
     "temporal_conv3d": temporal_conv3d,
     "temporal_stem": temporal_stem,
@@ -81,6 +103,14 @@ SMALL_SHAPES: dict[str, Callable[[torch.device, torch.dtype], Iterator[object]]]
     "spatial_mean": spatial_mean,
     "norm_linear": norm_linear,
     "token_attention": token_attention,
+    "info_nce": info_nce,
+    "leave_one_out_kl": leave_one_out_kl,
+    "sdr_loss": sdr_loss,
+}
+# ops of csrc, which have no interpreter
+CUDA_SHAPES = {
+    "temporal_conv3d in CUDA": partial(temporal_conv3d, impl="cuda"),
+    "sdr_loss in CUDA": partial(sdr_loss, impl="cuda"),
 }
 
 
@@ -94,9 +124,10 @@ def tensors_of(value: object) -> Iterator[Tensor]:
 
 def small_runs(device: torch.device) -> list[str]:
     """Every op in every dtype that is run, as ``op:dtype``."""
-    # interpreted, bf16 products are wrong, and float16 runs no other code than float32
-    dtypes = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
-    return [f"{op}:{dtype}" for op in SMALL_SHAPES for dtype in dtypes]
+    if device.type != "cuda":  # interpreted, bf16 products are wrong, and float16 runs no other code than float32
+        return [f"{op}:float32" for op in SMALL_SHAPES]
+    runs = [f"{op}:{dtype}" for op in SMALL_SHAPES for dtype in ("float32", "bfloat16")]
+    return runs if why_not_cuda(device) else runs + [f"{op}:bfloat16" for op in CUDA_SHAPES]
 
 
 def run_small_shapes(runs: Sequence[str], device: torch.device) -> int:
@@ -108,7 +139,7 @@ def run_small_shapes(runs: Sequence[str], device: torch.device) -> int:
     count = 0
     for run in runs:
         op, _, dtype = run.partition(":")
-        for result in SMALL_SHAPES[op](device, getattr(torch, dtype)):
+        for result in (SMALL_SHAPES | CUDA_SHAPES)[op](device, getattr(torch, dtype)):
             for tensor in tensors_of(result):
                 if not tensor.cpu().isfinite().all():
                     raise ValueError(f"{run} gave a value that is not finite")

@@ -98,7 +98,9 @@ LATENCY = lookup("timings", "latency ftcn_released bf16 wall", "median_s")
 ONE_BRANCH = lookup("timings", "latency ftcn_released bf16 wall, 1 branch", "median_s")
 FIRST = lookup("timings", "import to first result, empty cache", "seconds")
 FLOOR_SHARE = lookup("timings", "inference ftcn_released bf16", "share_of_floor")
-# the inference rows of the project's targets for an H200 in bf16
+LOSSES = lookup("losses", "16 x 4 x 1024 bf16, values and gradients, triton", "median_s")
+BANK = lookup("losses", "InfoNCE 65536 x 128, ours", "median_s")
+# the inference and loss rows of the project's targets for an H200 in bf16
 TARGETS = [
     Target("inference, 16 clips x 4 branches", SPEED, "clips/s", 700, 1000, at_least=True, clips=16),
     Target("... against the best peer", ratio(SPEED, best_peer), "x", 3, None, at_least=True, clips=16),
@@ -108,6 +110,8 @@ TARGETS = [
     Target("T 8..128, off linear in work", scaled(largest_deviation("frames"), 100), "%", 15, 15),
     Target("V 1..16, off linear in work", scaled(largest_deviation("branches"), 100), "%", 15, 15),
     Target("import to first result, nothing cached", FIRST, "s", 10, 3),
+    Target("losses, 16 x 4 x 1024, values and gradients", scaled(LOSSES, 1e6), "us", 25, 12),
+    Target("InfoNCE 65,536 x 128, forward and backward", scaled(BANK, 1e3), "ms", 7, 4.5),
     Target("error, in units of eager's in the same dtype", worst_error, "x", 2, None),
 ]
 

@@ -185,6 +185,7 @@ def test_budgets_stay_below_ten_minutes(bench):
         "sanitizer",
         "ceilings",
         "timings",
+        "losses",
         "peers",
         "profiling",
     ]
@@ -252,7 +253,10 @@ def test_a_model_check_that_raises_has_failed_and_the_next_one_runs(bench, monke
 
 def test_the_sanitizer_runs_every_kernel(bench):
     kernels = {path.stem for path in (ROOT / "sdr_kernels" / "_triton").glob("[!_]*.py")}
-    assert set(bench("sanitizer").SMALL_SHAPES) == kernels
+    sanitizer = bench("sanitizer")
+    assert set(sanitizer.SMALL_SHAPES) == kernels
+    cuda = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
+    assert set(sanitizer.CUDA_SHAPES) == {f"{op} in CUDA" for op in cuda}
 
 
 @pytest.mark.parametrize(
