@@ -11,7 +11,7 @@ from sdr_kernels._ops import check_floating, check_same, register, select_impl
 from sdr_kernels.info_nce import check_features, info_nce, info_nce_reference
 from sdr_kernels.leave_one_out_kl import check_logits, leave_one_out_kl_reference
 
-MAX_ROWS = 64  # of features whose similarities fit one program: the paper's 16 clips of 4 views
+MAX_ROWS = {"triton": 64, "cuda": 128}  # of features whose similarities fit one program; the paper's batch has 64
 MAX_CLASSES = 16
 
 
@@ -111,7 +111,7 @@ def sdr_loss(
     - contrastive: :func:`sdr_kernels.info_nce` of all rows of ``features``, each with its clip's label;
     - aux: cross-entropy of the joint and the leave-one-out logits.
 
-    Up to 64 rows of features take one launch for values and gradients; more take info_nce's own launches.
+    Up to 64 rows of features take one launch for values and gradients (128 in CUDA); more take info_nce's own.
 
     Args:
         features: [B, V, D], B clips by V views, float32, float16 or bfloat16 (the reference takes float64 too).
@@ -121,7 +121,7 @@ def sdr_loss(
         loo_logits: [B, W, K], one for each view left out; W = 0 for a single view. joint_logits' dtype.
         options: temperatures and readings of the parts.
         group: processes whose rows of features join, see :func:`sdr_kernels.info_nce`.
-        impl: "auto" (Triton on CUDA, else the reference), "reference", "triton" or "cuda" (up to 64 rows).
+        impl: "auto" (Triton on CUDA, else the reference), "reference", "triton" or "cuda" (up to 128 rows).
 
     Returns:
         [4], ce, mi, contrastive and aux, float32 or wider.
@@ -132,22 +132,25 @@ def sdr_loss(
         RuntimeError: the named implementation cannot run here or on this size.
     """
     check_sdr_loss(features, labels, logits, joint_logits, loo_logits, options)
-    B, V, _ = features.shape
-    whole = group is None and B * V <= MAX_ROWS
-    too_many = f"features must have at most {MAX_ROWS} rows, B * V, got {B * V}, and no group" * (not whole)
-    impl = select_impl(impl, features, op="sdr_loss", unfit=why_unfit(features, joint_logits), no_cuda=too_many)
+    V = features.shape[1]
+    num_rows = len(features) * V
+    no_cuda = ""
+    if group is not None or num_rows > MAX_ROWS["cuda"]:
+        no_cuda = f"features must have at most {MAX_ROWS['cuda']} rows, B * V, got {num_rows}, and no group"
+    chosen = select_impl(impl, features, op="sdr_loss", unfit=why_unfit(features, joint_logits), no_cuda=no_cuda)
+    # "auto" leaves the N x N matrix to kernels that fit it, and else to info_nce, which has none
+    whole = group is None and (impl == "reference" or num_rows <= MAX_ROWS.get(chosen, 0))
     tensors = labels, logits, joint_logits, loo_logits
     within = features if whole else features[..., :0]  # whose contrastive loss is 0
-    if impl == "reference":
+    if chosen == "reference":
         parts = sdr_loss_reference(within, *tensors, options)
     else:
-        parts = _SDRLoss.apply(within, *tensors, *options.arguments, impl)
+        parts = _SDRLoss.apply(within, *tensors, *options.arguments, chosen)
     if whole:
         return parts
     rows = labels.repeat_interleave(V)
-    contrastive = info_nce(
-        features.flatten(0, 1), rows, temperature=options.temperature, anchors=options.anchors, group=group
-    )
+    choices = {"temperature": options.temperature, "anchors": options.anchors, "group": group, "impl": impl}
+    contrastive = info_nce(features.flatten(0, 1), rows, **choices)
     return torch.cat([parts[:2], contrastive[None], parts[3:]])
 
 
