@@ -183,7 +183,7 @@ __device__ float divergence(const LogSoftmax& log_p, const LogSoftmax& log_q, in
   return sum;
 }
 
-// One clip's share of the mutual information; joint, djoint: [K]; loo, dloo: [W, K].
+// One clip's share of the mutual information, 0 where no view was left out; joint, djoint: [K]; loo, dloo: [W, K].
 __device__ float mutual_information(
     const float* joint, const float* loo, float* djoint, float* dloo, int64_t B, int64_t W, int64_t K,
     float temperature, bool detach_joint, bool reverse, bool complementary) {
@@ -207,7 +207,7 @@ __device__ float mutual_information(
       if (!detach_joint) djoint[k] += reverse ? dq : dp;
     }
   }
-  return value / B;
+  return W > 0 ? value / B : 0;
 }
 
 // Cross-entropy of one head times scale; its gradient is stored.
