@@ -7,7 +7,7 @@ import sys
 import pytest
 
 ROWS, WIDTH = 16_384, 128
-LIMIT_BYTES = 1 << 30  # of the tiled implementation; the matrix alone has as much
+LIMIT_BYTES = 1 << 30  # of the tiled implementation with torch itself; the matrix alone has as much
 
 # a process of its own, whose peak memory is this call's
 CALL = """
@@ -15,19 +15,19 @@ import json, resource, time
 import torch
 from sdr_kernels import info_nce
 torch.set_num_threads(2)
-def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 features, labels = torch.randn({rows}, {width}, requires_grad=True), torch.arange({rows}) % 2
 info_nce(features[:8], labels[:8], impl="{impl}").backward()
-before, start = peak(), time.perf_counter()
+start = time.perf_counter()
 loss = info_nce(features, labels, impl="{impl}")
 loss.backward()
-print(json.dumps(dict(seconds=time.perf_counter() - start, bytes=peak() - before, loss=loss.item())))
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps(dict(seconds=time.perf_counter() - start, peak_bytes=peak, loss=loss.item())))
 """
 
 
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def bench_info_nce(benchmark, impl):
-    rows = 64 if benchmark.disabled else ROWS
+    rows = 64 if benchmark.disabled and impl == "reference" else ROWS  # ours takes seconds: CI holds it to the limit
     code = CALL.format(rows=rows, width=WIDTH, impl=impl)
 
     def call() -> dict[str, float]:
@@ -35,4 +35,4 @@ def bench_info_nce(benchmark, impl):
 
     result = benchmark.pedantic(call, rounds=1)
     benchmark.extra_info.update(result, rows=rows, width=WIDTH, threads=2)
-    assert impl != "cpu" or result["bytes"] <= LIMIT_BYTES
+    assert impl != "cpu" or result["peak_bytes"] <= LIMIT_BYTES

@@ -60,8 +60,8 @@ def time_call(call: Callable[[], object], machine: Machine) -> dict[str, object]
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
-        result |= {"launches": launches(call), "peak_bytes": torch.cuda.max_memory_allocated() - before}
-    return result
+        return result | {"launches": launches(call), "peak_bytes": torch.cuda.max_memory_allocated() - before}
+    return result | {"launches": 0, "peak_bytes": 0}  # the rehearsal has neither
 
 
 def metric_learning() -> Loss:

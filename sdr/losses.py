@@ -36,10 +36,12 @@ class SDRLoss(nn.Module):
         options = LossOptions(*(getattr(c, field) for field in LossOptions._fields))
         heads = output.joint_logits, output.loo_logits
         parts = sdr_loss(output.features, labels, output.logits, *heads, options, group=group)
-        weights = parts.new_tensor([c.ce, c.mi, c.contrastive, c.aux])
+        weights = c.ce, c.mi, c.contrastive, c.aux  # numbers: a tensor of them would wait for the GPU
         if c.weighting == "uncertainty":
             variance = self.scales.square()
-            total = ((parts / (2 * variance) + torch.log1p(variance)) * (weights > 0)).sum()
+            terms = (parts / (2 * variance) + torch.log1p(variance)).unbind()
+            weighted = [term for term, weight in zip(terms, weights, strict=True) if weight > 0]
         else:
-            total = (weights * parts).sum()
+            weighted = [weight * part for part, weight in zip(parts.unbind(), weights, strict=True)]
+        total = sum(weighted, start=parts.new_zeros(()))
         return Losses(total, *parts.unbind())

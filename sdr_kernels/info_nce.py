@@ -4,9 +4,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdr_kernels._ops import check_floating, check_same, register, select_impl
+from sdr_kernels._ops import check_floating, register, select_impl
 
 ANCHORS = ("all", "real")
+MIN_TEMPERATURE = 1e-6  # cosines over less leave float32's range
 ZERO_NORM = 1e-12  # a shorter row has no direction: it is similar to none and gets no gradient
 
 
@@ -20,7 +21,7 @@ def normalise(features: Tensor) -> Tensor:
 def info_nce_reference(features: Tensor, labels: Tensor, temperature: float = 0.07, anchors: str = "all") -> Tensor:
     """The definition, with the N x N matrix, in float32 or wider."""
     unit = normalise(features)
-    own = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    own = torch.eye(unit.shape[0], dtype=torch.bool, device=unit.device)
     with torch.autocast(unit.device.type, enabled=False):  # which would multiply in half precision
         logits = (unit @ unit.T / temperature).masked_fill(own, -torch.inf)
     log_prob = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(own, 0)  # N = 1: -inf - -inf stays masked
@@ -33,10 +34,10 @@ def info_nce_reference(features: Tensor, labels: Tensor, temperature: float = 0.
 
 def _fake_fwd(features, labels, temperature, real_anchors):
     dtype = torch.promote_types(features.dtype, torch.float32)
-    return features.new_empty((), dtype=dtype), features.new_empty((4, len(features)), dtype=torch.float64)
+    return features.new_empty((), dtype=dtype), features.new_empty((4, features.shape[0]), dtype=torch.float64)
 
 
-# rows: what the backward needs of every row, each implementation's own
+# rows: what the backward needs of every row, each implementation's own, as wide as the CPU's
 _fwd = register(
     "info_nce",
     "info_nce_fwd",
@@ -66,21 +67,35 @@ class _InfoNCE(torch.autograd.Function):
 
 
 class _GatherRows(torch.autograd.Function):
-    """The rows of all ranks, in order of rank; the gradient is the sum of what every rank's loss asks of a row."""
+    """The rows of all ranks, in order of rank; the gradient is of the own ones."""
 
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        out = x.new_empty((dist.get_world_size(group) * len(x), *x.shape[1:]))
+        out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
         dist.all_gather_into_tensor(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        dout = dout.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(dout, group=ctx.group)
         return dout.tensor_split(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """Every rank has the same loss, so what all of them ask of a row is what one asks, times the sum of their dloss."""
+
+    @staticmethod
+    def forward(ctx, loss, group):
+        ctx.group = group
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dloss):
+        dloss = dloss.clone()
+        dist.all_reduce(dloss, group=ctx.group)
+        return dloss, None
 
 
 def info_nce(
@@ -100,12 +115,13 @@ def info_nce(
 
     Args:
         features: [N, D], float32, float16 or bfloat16 (the reference and the CPU take float64 too); normalised here, a
-            row of length 0 stays 0.
+            row of length 0 stays 0. A row's squared length must not leave float32's range.
         labels: [N], any integer type or bool; rows with the same label are each other's positives.
-        temperature: of the similarities, above 0.
+        temperature: of the similarities, at least 1e-6.
         anchors: "all", or "real" for rows with label 0 alone; the others stay as negatives.
-        group: processes whose rows join; every rank gives as many rows. Each gets the loss of all, and the sum of
-            their gradients for its own rows, so that DDP's mean over ranks is the gradient of that loss.
+        group: processes whose rows join. Each gets the loss of all, and for its own rows the sum of all ranks'
+            gradients, so that DDP's mean over ranks is the gradient of that loss. Every rank must give as many rows and
+            call backward as often: where one does not, collectives hang or abort.
         impl: "auto" (Triton on CUDA, else the CPU's own), "reference", "cpu" or "triton".
 
     Returns:
@@ -116,30 +132,41 @@ def info_nce(
         TypeError: a dtype is wrong.
         RuntimeError: the named implementation cannot run here.
     """
-    check_features(features, labels, features.shape[:1], temperature, anchors)
-    if features.ndim != 2:
-        raise ValueError(f"features must be [N, D], got {list(features.shape)}")
+    check_features(features, labels, "[N, D]", temperature, anchors)
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError("group must have this process in it")
     impl = select_impl(
         impl, features, has_cpu=True, no_tile="features must not be float64" * (features.dtype == torch.float64)
     )
     if group is not None:
-        features, labels = _GatherRows.apply(features, group), _GatherRows.apply(labels, group)
+        features = _GatherRows.apply(features, group)
+        labels = _GatherRows.apply(labels.long(), group)  # collectives do not know every type
     if impl == "reference":
-        return info_nce_reference(features, labels, temperature, anchors)
-    return _InfoNCE.apply(features, labels, temperature, anchors == "real", impl)[()]
+        loss = info_nce_reference(features, labels, temperature, anchors)
+    else:
+        loss = _InfoNCE.apply(features, labels, temperature, anchors == "real", impl)
+    return loss if group is None else _SumOfLosses.apply(loss, group)
 
 
-def check_features(features: Tensor, labels: Tensor, rows: torch.Size, temperature: float, anchors: str) -> None:
-    """Raise ValueError or TypeError that names the argument, the rule and what came; rows: the shape of labels."""
+def check_features(features: Tensor, labels: Tensor, axes: str, temperature: float, anchors: str) -> None:
+    """Raise ValueError or TypeError that names the argument, the rule and what came; axes: of features, "[N, D]"."""
     check_floating(features=features)
-    if features.ndim < 2 or features.shape[-1] < 1:
-        raise ValueError(f"features must be rows of at least one value, got {list(features.shape)}")
-    if labels.shape != rows:
-        raise ValueError(f"labels must be {list(rows)} to fit features, got {list(labels.shape)}")
+    if features.ndim != axes.count(",") + 1 or features.shape[-1] < 1:
+        raise ValueError(f"features must be {axes} with D at least 1, got {list(features.shape)}")
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must be {list(features.shape[:1])} to fit features, got {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels must be integers, got {labels.dtype}")
-    check_same("device", features, labels=labels)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if labels.device != features.device:
+        raise ValueError(f"labels must be on features' device, {features.device}, got {labels.device}")
+    check_temperature("temperature", temperature)
     if anchors not in ANCHORS:
         raise ValueError(f"anchors must be one of {', '.join(ANCHORS)}, got {anchors!r}")
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    """Raise unless it is a number that float32 can divide by."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"{name} must be a number, got {temperature!r}")
+    if not MIN_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(f"{name} must be at least {MIN_TEMPERATURE} and finite, got {temperature}")

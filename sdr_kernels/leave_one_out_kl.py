@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdr_kernels._ops import check_floating, register, select_impl
+from sdr_kernels.info_nce import check_temperature
 
+MAX_CLASSES = 16  # of the kernels
 DIRECTIONS = ("joint_to_loo", "loo_to_joint")
 OBJECTIVES = ("shared", "complementary")
 
@@ -28,6 +30,7 @@ def leave_one_out_kl_reference(
         log_joint = log_joint.detach()
     log_p, log_q = (log_joint, log_loo) if direction == "joint_to_loo" else (log_loo, log_joint)
     divergence = (log_p.exp() * (log_p - log_q)).sum((1, 2))  # [B]
+    divergence = divergence - divergence.detach().clamp(max=0)  # rounding can leave it below 0
     return (torch.exp(-divergence) if objective == "complementary" else divergence).mean()
 
 
@@ -47,14 +50,15 @@ class _LeaveOneOutKL(torch.autograd.Function):
     def forward(ctx, joint_logits, loo_logits, *arguments):
         value, djoint, dloo = _fwd(joint_logits, loo_logits, *arguments)
         ctx.save_for_backward(djoint, dloo)
-        ctx.dtypes = joint_logits.dtype, loo_logits.dtype
+        _, ctx.detach_joint, *_ = arguments
+        ctx.dtype = joint_logits.dtype
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dvalue):
-        gradients = ((dvalue * saved).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *gradients, None, None, None, None, None
+        djoint, dloo = ((dvalue * saved).to(ctx.dtype) for saved in ctx.saved_tensors)
+        return None if ctx.detach_joint else djoint, dloo, None, None, None, None, None
 
 
 def leave_one_out_kl(
@@ -74,7 +78,7 @@ def leave_one_out_kl(
     Args:
         joint_logits: [B, K], B and K at least 1; float32, float16 or bfloat16 (the reference takes float64 too).
         loo_logits: [B, V, K] of joint_logits' dtype, row v from all views but v; V = 0 gives 0.
-        temperature: divides all logits before the softmax, above 0.
+        temperature: divides all logits before the softmax, at least 1e-6.
         detach_joint: no gradient into ``joint_logits``.
         direction: "joint_to_loo", or "loo_to_joint" for the reverse divergence.
         objective: "shared" gives the divergence, "complementary" the mean over clips of exp(-its sum).
@@ -88,16 +92,25 @@ def leave_one_out_kl(
         TypeError: a dtype is wrong.
         RuntimeError: the named implementation cannot run here.
     """
-    check_logits(joint_logits, loo_logits, temperature, direction, objective)
-    unfit = "joint_logits must not be float64" if joint_logits.dtype == torch.float64 else ""
-    impl = select_impl(impl, joint_logits, unfit=unfit)
+    check_logits(joint_logits, loo_logits, direction, objective)
+    check_temperature("temperature", temperature)
+    impl = select_impl(impl, joint_logits, unfit=why_unfit(joint_logits))
     if impl == "reference":
         return leave_one_out_kl_reference(joint_logits, loo_logits, temperature, detach_joint, direction, objective)
     reverse, complementary = direction == "loo_to_joint", objective == "complementary"
     return _LeaveOneOutKL.apply(joint_logits, loo_logits, temperature, detach_joint, reverse, complementary, impl)
 
 
-def check_logits(joint: Tensor, loo: Tensor, temperature: float, direction: str, objective: str) -> None:
+def why_unfit(joint_logits: Tensor) -> str:
+    """Why there is no kernel for these logits; empty where there is one."""
+    if joint_logits.dtype == torch.float64:
+        return "joint_logits must not be float64"
+    if joint_logits.shape[1] > MAX_CLASSES:
+        return f"joint_logits must have at most {MAX_CLASSES} classes, got {joint_logits.shape[1]}"
+    return ""
+
+
+def check_logits(joint: Tensor, loo: Tensor, direction: str, objective: str) -> None:
     """Raise ValueError or TypeError that names the argument, the rule and what came."""
     check_floating(joint_logits=joint, loo_logits=loo)
     if joint.ndim != 2 or min(joint.shape) < 1:
@@ -109,8 +122,6 @@ def check_logits(joint: Tensor, loo: Tensor, temperature: float, direction: str,
         raise TypeError(f"loo_logits must have joint_logits' dtype, {joint.dtype}, got {loo.dtype}")
     if loo.device != joint.device:
         raise ValueError(f"loo_logits must have joint_logits' device, {joint.device}, got {loo.device}")
-    if not temperature > 0:
-        raise ValueError(f"mi_temperature must be above 0, got {temperature}")
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     if objective not in OBJECTIVES:

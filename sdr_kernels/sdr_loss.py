@@ -7,12 +7,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdr_kernels._ops import check_floating, check_same, register, select_impl
-from sdr_kernels.info_nce import check_features, info_nce, info_nce_reference
-from sdr_kernels.leave_one_out_kl import check_logits, leave_one_out_kl_reference
+from sdr_kernels._ops import check_floating, register, select_impl
+from sdr_kernels.info_nce import check_features, check_temperature, info_nce, info_nce_reference
+from sdr_kernels.leave_one_out_kl import check_logits, leave_one_out_kl_reference, why_unfit
 
 MAX_ROWS = {"triton": 64, "cuda": 128}  # of features whose similarities fit one program; the paper's batch has 64
-MAX_CLASSES = 16
 
 
 class LossOptions(NamedTuple):
@@ -115,13 +114,15 @@ def sdr_loss(
 
     Args:
         features: [B, V, D], B clips by V views, float32, float16 or bfloat16 (the reference takes float64 too).
-        labels: [B], 0 = real and 1 = fake, any integer type or bool.
+        labels: [B], 0 = real and 1 = fake, any integer type or bool. On a GPU others are not looked for, which would
+            wait for it: they give wrong losses.
         logits: [B], of a fake.
         joint_logits: [B, K], K classes of at least 2, class 1 = fake.
         loo_logits: [B, W, K], one for each view left out; W = 0 for a single view. joint_logits' dtype.
         options: temperatures and readings of the parts.
         group: processes whose rows of features join, see :func:`sdr_kernels.info_nce`.
-        impl: "auto" (Triton on CUDA, else the reference), "reference", "triton" or "cuda" (up to 128 rows).
+        impl: "auto" (Triton on CUDA, else the reference, with the contrastive part by info_nce's own "auto"),
+            "reference", "triton" or "cuda" (up to 128 rows).
 
     Returns:
         [4], ce, mi, contrastive and aux, float32 or wider.
@@ -133,11 +134,12 @@ def sdr_loss(
     """
     check_sdr_loss(features, labels, logits, joint_logits, loo_logits, options)
     V = features.shape[1]
-    num_rows = len(features) * V
+    num_rows = features.shape[0] * V
     no_cuda = ""
     if group is not None or num_rows > MAX_ROWS["cuda"]:
         no_cuda = f"features must have at most {MAX_ROWS['cuda']} rows, B * V, got {num_rows}, and no group"
-    chosen = select_impl(impl, features, op="sdr_loss", unfit=why_unfit(features, joint_logits), no_cuda=no_cuda)
+    unfit = why_unfit_batch(features, logits, joint_logits)
+    chosen = select_impl(impl, features, op="sdr_loss", unfit=unfit, no_cuda=no_cuda)
     # "auto" leaves the N x N matrix to kernels that fit it, and else to info_nce, which has none
     whole = group is None and (impl == "reference" or num_rows <= MAX_ROWS.get(chosen, 0))
     tensors = labels, logits, joint_logits, loo_logits
@@ -158,27 +160,30 @@ def check_sdr_loss(
     features: Tensor, labels: Tensor, logits: Tensor, joint_logits: Tensor, loo_logits: Tensor, options: LossOptions
 ) -> None:
     """Raise ValueError or TypeError that names the argument, the rule and what came."""
-    check_features(features, labels, features.shape[:1], options.temperature, options.anchors)
-    if features.ndim != 3 or min(features.shape) < 1:
+    check_features(features, labels, "[B, V, D]", options.temperature, options.anchors)
+    B = features.shape[0]
+    if min(features.shape) < 1:
         raise ValueError(f"features must be [B, V, D] with none 0, got {list(features.shape)}")
     check_floating(logits=logits)
-    check_logits(joint_logits, loo_logits, options.mi_temperature, options.direction, options.objective)
-    B = len(features)
+    check_logits(joint_logits, loo_logits, options.direction, options.objective)
+    check_temperature("mi_temperature", options.mi_temperature)
     if logits.shape != (B,):
         raise ValueError(f"logits must be [B] = [{B}] to fit features, got {list(logits.shape)}")
-    if len(joint_logits) != B or joint_logits.shape[1] < 2:
+    if joint_logits.shape[0] != B or joint_logits.shape[1] < 2:
         raise ValueError(f"joint_logits must be [B, K] = [{B}, K], K of at least 2, got {list(joint_logits.shape)}")
-    check_same("device", features, logits=logits, joint_logits=joint_logits)
+    for name, tensor in {"logits": logits, "joint_logits": joint_logits}.items():
+        if tensor.device != features.device:
+            raise ValueError(f"{name} must be on features' device, {features.device}, got {tensor.device}")
     # on a GPU this would wait for it, and in a trace there are no values
-    looks = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and (labels.min() < 0 or labels.max() > 1):
-        raise ValueError(f"labels must be 0 (real) or 1 (fake), got {labels.tolist()}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels != 0) & (labels != 1)]
+        if wrong.shape[0]:
+            raise ValueError(f"labels must be 0 (real) or 1 (fake), got {wrong[0].item()}")
 
 
-def why_unfit(features: Tensor, joint_logits: Tensor) -> str:
+def why_unfit_batch(features: Tensor, logits: Tensor, joint_logits: Tensor) -> str:
     """Why there is no kernel for these inputs; empty where there is one."""
-    if torch.float64 in (features.dtype, joint_logits.dtype):
-        return "features and logits must not be float64"
-    if joint_logits.shape[1] > MAX_CLASSES:
-        return f"joint_logits must have at most {MAX_CLASSES} classes, got {joint_logits.shape[1]}"
-    return ""
+    for name, tensor in {"features": features, "logits": logits}.items():
+        if tensor.dtype == torch.float64:
+            return f"{name} must not be float64"
+    return why_unfit(joint_logits)

@@ -1,6 +1,7 @@
 """Every test starts from the same seed, on one thread, with torch's deterministic algorithms."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two test processes share two cores
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it on a GPU
@@ -18,6 +19,8 @@ def reproducible():
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # a reference in float32 is one
     torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN, so that an unwritten output shows
+    if "torch._dynamo" in sys.modules:  # all compiled partial functions share one limit of recompilations
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from compare import assert_matches_reference
 from pytorch_metric_learning.losses import SupConLoss
+from torch._dynamo.testing import CompileCounter
 
 from sdr_kernels import _tiles, info_nce
 from sdr_kernels._cpu import info_nce as cpu_info_nce
@@ -203,6 +204,29 @@ def test_compiles_whole(impl, device):
     assert torch.equal(*(torch.autograd.grad(loss, features)[0] for loss in losses))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
+def test_batches_of_any_size_share_a_compilation():
+    counter = CompileCounter()
+    compiled = torch.compile(info_nce, fullgraph=True, backend=counter)
+    for N in range(5, 12):
+        compiled(*make_inputs(N, 3, torch.float32, "cpu"))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
+@pytest.mark.parametrize("strict", [True, False])
+def test_exports_with_a_dynamic_size(strict):
+    class Loss(torch.nn.Module):
+        def forward(self, features, labels):
+            return info_nce(features, labels)
+
+    features, labels = (x.detach() for x in make_inputs(9, 3, torch.float32, "cpu"))
+    N = torch.export.Dim("N", min=2)
+    exported = torch.export.export(Loss(), (features, labels), dynamic_shapes=({0: N}, {0: N}), strict=strict)
+    features, labels = (x.detach() for x in make_inputs(23, 3, torch.float32, "cpu"))
+    torch.testing.assert_close(exported.module()(features, labels), info_nce(features, labels))
+
+
 def test_float32_walks_take_one_tile():
     """Or an inner product would round otherwise in the backward than in the sum that it is divided by."""
     for arch in ("sm_80", "sm_90"):
@@ -215,7 +239,7 @@ def gather(rank, file, results):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     features, labels = (x[rank] for x in halves())
     features = features.clone().requires_grad_()
-    loss = info_nce(features, labels, group=dist.group.WORLD)
+    loss = info_nce(features, labels.to(torch.int16), group=dist.group.WORLD)
     loss.backward()
     results[rank] = loss.item(), features.grad.tolist()
     dist.destroy_process_group()
@@ -252,14 +276,22 @@ def test_rejects_labels():
         info_nce(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long))
     with pytest.raises(TypeError, match=r"labels must be integers, got torch.float32"):
         info_nce(torch.zeros(3, 2), torch.zeros(3))
-    with pytest.raises(ValueError, match="labels must have x's device, cpu, got meta"):
+    with pytest.raises(ValueError, match="labels must be on features' device, cpu, got meta"):
         info_nce(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long, device="meta"))
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": float("nan")}, {"anchors": "fake"}], ids=str)
-def test_rejects_options(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
-        info_nce(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), **options)
+@pytest.mark.parametrize("temperature", [0, -1.0, 1e-39, float("nan"), float("inf")])
+def test_rejects_temperature(temperature):
+    with pytest.raises(ValueError, match=r"^temperature must be at least 1e-06 and finite, got"):
+        info_nce(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), temperature=temperature)
+
+
+def test_rejects_options():
+    labels = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^anchors must be one of all, real, got 'fake'"):
+        info_nce(torch.zeros(3, 2), labels, anchors="fake")
+    with pytest.raises(TypeError, match=r"^temperature must be a number, got '0\.1'"):
+        info_nce(torch.zeros(3, 2), labels, temperature="0.1")
 
 
 def test_rejects_dtype(device):

@@ -10,7 +10,7 @@ from compare import assert_matches_reference
 from sdr_kernels import leave_one_out_kl
 from sdr_kernels.leave_one_out_kl import DIRECTIONS, OBJECTIVES, leave_one_out_kl_reference
 
-SHAPES = [(1, 1, 2), (3, 4, 2), (32, 2, 3), (33, 1, 16), (70, 8, 2), (4, 3, 1), (5, 2, 33)]  # B, V, K
+SHAPES = [(1, 1, 2), (3, 4, 2), (32, 2, 3), (33, 1, 16), (70, 8, 2), (4, 3, 1), (5, 2, 9)]  # B, V, K
 READINGS = list(product((True, False), DIRECTIONS, OBJECTIVES))
 NAMES = ("detach_joint", "direction", "objective")
 
@@ -117,7 +117,29 @@ def test_rejects_dtype_and_device():
         leave_one_out_kl(joint, torch.zeros(3, 1, 2, device="meta"))
 
 
+def test_more_classes_are_left_to_the_reference(device):
+    joint, loo = make_inputs((3, 2, 17), torch.float32, device)
+    assert torch.equal(leave_one_out_kl(joint, loo), leave_one_out_kl_reference(joint, loo))
+    with pytest.raises(RuntimeError, match="joint_logits must have at most 16 classes, got 17"):
+        leave_one_out_kl(joint, loo, impl="triton")
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_never_below_zero(impl, device):
+    for _ in range(100):
+        joint = torch.randn(1, 3, device=device)
+        loo = joint[:, None] + 1e-4 * torch.randn(1, 1, 3, device=device)
+        assert leave_one_out_kl(joint, loo, impl=impl) >= 0
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_detached_head_has_no_gradient_at_all(impl, device):
+    joint, loo = make_inputs((3, 2, 2), torch.float32, device)
+    leave_one_out_kl(joint, loo, impl=impl).backward()
+    assert joint.grad is None
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"direction": "both"}, {"objective": "none"}], ids=str)
 def test_rejects_options(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))} must be"):
         leave_one_out_kl(torch.zeros(3, 2), torch.zeros(3, 1, 2), **options)

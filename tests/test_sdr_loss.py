@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 from compare import assert_matches_reference
+from torch._dynamo.testing import CompileCounter
 
 from sdr_kernels import LossOptions, info_nce, leave_one_out_kl, sdr_loss
 from sdr_kernels.sdr_loss import sdr_loss_reference
@@ -41,9 +42,10 @@ def test_matches_reference(shape, dtype, device):
     assert_right(make_inputs(shape, dtype, device))
 
 
+@pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_every_reading(options, dtype, device):
-    assert_right(make_inputs((6, 3, 10), dtype, device), options)
+def test_every_reading(options, views, dtype, device):
+    assert_right(make_inputs((6, views, 10), dtype, device), options)
 
 
 def test_temperatures(dtype, device):
@@ -74,7 +76,7 @@ def test_dtypes_may_differ(device):
     torch.testing.assert_close(parts, sdr_loss_reference(*inputs))
 
 
-@pytest.mark.parametrize("labels_dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("labels_dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16])
 def test_labels_of_any_integer_type(labels_dtype, device):
     x, labels, *rest = make_inputs((5, 2, 6), torch.float32, device)
     values = [sdr_loss(x, y, *rest, impl="triton") for y in (labels, labels.to(labels_dtype))]
@@ -158,6 +160,15 @@ def test_compiles_whole(device):
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
+def test_batches_of_any_size_share_a_compilation():
+    counter = CompileCounter()
+    compiled = torch.compile(sdr_loss, fullgraph=True, backend=counter)
+    for B in range(5, 12):
+        compiled(*make_inputs((B, 3, 4), torch.float32, "cpu"))
+    assert counter.frame_count <= 2
+
+
 def test_a_step_of_training_has_the_same_numbers(device):
     """32 steps of gradient descent on all inputs: the losses of kernels and reference stay together."""
 
@@ -180,6 +191,7 @@ def test_a_step_of_training_has_the_same_numbers(device):
 @pytest.mark.parametrize(
     ("index", "shape", "message"),
     [
+        (0, (3,), r"features must be \[B, V, D\].*got \[3\]"),
         (0, (3, 4), r"features must be \[B, V, D\].*got \[3, 4\]"),
         (0, (3, 0, 4), r"features must be \[B, V, D\] with none 0, got \[3, 0, 4\]"),
         (1, (4,), r"labels must be \[3\] to fit features, got \[4\]"),
@@ -205,7 +217,7 @@ def test_rejects_one_class():
 def test_rejects_labels_that_are_neither(label):
     x, labels, *rest = make_inputs((3, 2, 4), torch.float32, "cpu")
     labels[1] = label
-    with pytest.raises(ValueError, match=r"labels must be 0 \(real\) or 1 \(fake\), got "):
+    with pytest.raises(ValueError, match=rf"labels must be 0 \(real\) or 1 \(fake\), got {label}"):
         sdr_loss(x, labels, *rest)
 
 

@@ -204,8 +204,8 @@ def _info_nce_bwd_kernel(
 def prepare(name: str, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Contiguous features, labels that a kernel can read, and the tile."""
     tile = choose_tile(f"{name} {precision_class(features.dtype)}", len(features), features.device)
-    for axis in {"BLOCK_K", "BLOCK_D"} & set(tile):
-        tile[axis] = min(tile[axis], width_class(features.shape[1]))
+    width = width_class(features.shape[1])
+    tile = tile | {axis: min(tile[axis], width) for axis in ("BLOCK_K", "BLOCK_D") if axis in tile}
     labels = labels.view(torch.uint8) if labels.dtype == torch.bool else labels
     return features.contiguous(), labels.contiguous(), tile
 

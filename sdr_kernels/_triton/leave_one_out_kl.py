@@ -47,6 +47,7 @@ def mutual_information(
     for v in range(V):
         log_loo = log_softmax(loo_ptr, (clips * V + v) * K, mask, k, 1.0 / temperature, K)
         total += divergence(log_loo, log_joint) if REVERSE else divergence(log_joint, log_loo)
+    total = tl.where(total < 0, 0.0, total)  # rounding can leave it there; keeps NaN
     value = tl.exp(-total) if COMPLEMENTARY else total
     slope = (-value if COMPLEMENTARY else tl.full(value.shape, 1.0, tl.float32)) / (B * temperature)
     djoint = tl.zeros_like(log_joint)
