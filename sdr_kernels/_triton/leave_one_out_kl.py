@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdr_kernels._cases import BRANCHES, PRECISIONS, AuditCase, randn
-from sdr_kernels.leave_one_out_kl import leave_one_out_kl_reference
+from sdr_kernels.leave_one_out_kl import MAX_CLASSES, leave_one_out_kl_reference
 
 BLOCK_B = 32  # clips at a time
 
@@ -107,10 +107,10 @@ def leave_one_out_kl_fwd(
 
 
 def audit_cases(precision: str) -> Iterator[AuditCase]:
-    """The heads of `paper`, in each reading of the loss."""
+    """The heads of `paper`, and as many classes as there may be, in each reading of the loss."""
 
-    def inputs(options, B, device):
-        joint, loo = (randn(B, *s, 2, device=device, dtype=PRECISIONS[precision]) for s in ((), (BRANCHES,)))
+    def inputs(K, options, B, device):
+        joint, loo = (randn(B, *s, K, device=device, dtype=PRECISIONS[precision]) for s in ((), (BRANCHES,)))
         return joint, loo, 1.5, *options
 
     def reference(joint, loo, temperature, detach_joint, reverse, complementary):
@@ -118,6 +118,8 @@ def audit_cases(precision: str) -> Iterator[AuditCase]:
         objective = "complementary" if complementary else "shared"
         return leave_one_out_kl_reference(joint, loo, temperature, detach_joint, direction, objective)
 
-    for options in ((True, False, False), (False, True, True)):
-        name = ", ".join(f"{n} {v}" for n, v in zip(("detach", "reverse", "complementary"), options, strict=True))
-        yield AuditCase(name, leave_one_out_kl_fwd, reference, partial(inputs, options), matrix=False)
+    for K in (2, MAX_CLASSES):
+        for options in ((True, False, False), (False, True, True)):
+            names = zip(("detach", "reverse", "complementary"), options, strict=True)
+            name = ", ".join([f"{K} classes", *(name for name, on in names if on)])
+            yield AuditCase(name, leave_one_out_kl_fwd, reference, partial(inputs, K, options), matrix=False)
