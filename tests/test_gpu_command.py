@@ -256,7 +256,7 @@ def test_the_sanitizer_runs_every_kernel(bench):
     sanitizer = bench("sanitizer")
     assert set(sanitizer.SMALL_SHAPES) == kernels
     cuda = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
-    assert set(sanitizer.CUDA_SHAPES) == {f"{op} in CUDA" for op in cuda}
+    assert set(sanitizer.CUDA_SHAPES) == set(sanitizer.CUDA_DTYPES) == {f"{op} in CUDA" for op in cuda}
 
 
 @pytest.mark.parametrize(
