@@ -1,4 +1,7 @@
-"""All of SDR's losses and gradients in one launch: launcher of ``csrc/sdr_loss.cu``."""
+"""All of SDR's losses and gradients: launcher of ``csrc/sdr_loss.cu``.
+
+One launch for float32 logits and int64 labels; others are converted first, by a launch each.
+"""
 
 import torch
 from torch import Tensor
