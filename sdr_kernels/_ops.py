@@ -69,8 +69,22 @@ def _why_not(kernels: str, device: torch.device) -> str:
     else:
         problem = import_module("sdr_kernels._cuda.loader").why_not_cuda(device)
     if problem and device.type == "cuda":
-        logger.warning("impl='auto' passes over %s on %s: %s", kernels, device, problem)
+        logger.warning("%s kernels cannot run on %s: %s", kernels, device, problem)
     return problem
+
+
+def reference_instead(device: torch.device, reason: str) -> str:
+    """The reference's name, after a line in the log, once for each reason, that "auto" found no kernel."""
+    return _reference_instead(device, reason)
+
+
+reference_instead._dynamo_marked_constant = True
+
+
+@cache
+def _reference_instead(device: torch.device, reason: str) -> str:
+    logger.warning("impl='auto' takes the reference on %s: %s", device, reason)
+    return "reference"
 
 
 def _triton_problem(device: torch.device) -> str:
@@ -141,13 +155,15 @@ def select_impl(
         return impl
     if x.device.type != "cuda":
         return "reference" if problem("cpu") else "cpu"
+    reasons = []
     for name in gpu_order:
         reason = problem(name)
         if not reason:
             return name
+        reasons.append(reason)
         if strict():
             raise RuntimeError(f"SDR_STRICT is set and impl='auto' would pass over {name} on {x.device}: {reason}")
-    return "reference"
+    return reference_instead(x.device, "; ".join(dict.fromkeys(reasons)))
 
 
 def check_floating(**tensors: Tensor | None) -> None:

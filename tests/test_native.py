@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -183,6 +184,42 @@ def test_auto_takes_the_first_that_runs(problems):
     assert chosen(op="an op with Triton kernels alone") == "reference"
     problems["cuda"] = "not built"
     assert chosen() == "reference"
+
+
+def test_auto_says_once_why_it_takes_the_reference(problems, caplog):
+    _ops._reference_instead.cache_clear()
+    reasons = "x must not be float64", "joint_logits must have at most 16 classes, got 17"
+    for reason in reasons * 3:
+        assert _ops.select_impl("auto", GPU, op="temporal_conv3d", unfit=reason) == "reference"
+        assert _ops.select_impl("auto", CPU, op="temporal_conv3d", unfit=reason) == "reference"
+        assert _ops.select_impl("reference", GPU, op="temporal_conv3d", unfit=reason) == "reference"
+    assert caplog.messages == [f"impl='auto' takes the reference on cuda:0: {reason}" for reason in reasons]
+    assert _ops.select_impl("auto", GPU, op="temporal_conv3d", no_tile="too wide") == "cuda"
+    assert _ops.select_impl("auto", GPU, op="temporal_conv3d", no_tile="too wide", no_cuda="float32") == "reference"
+    assert caplog.messages[2:] == ["impl='auto' takes the reference on cuda:0: too wide; float32"]
+
+
+def test_auto_says_so_in_a_trace_too(problems, caplog):
+    _ops._reference_instead.cache_clear()
+
+    @partial(torch.compile, fullgraph=True, backend="eager")
+    def double(x):
+        return 2 * x if _ops.select_impl("auto", GPU, unfit="x must not be float64") == "reference" else x
+
+    assert double(torch.ones(1)) == 2
+    assert "impl='auto' takes the reference on cuda:0: x must not be float64" in caplog.messages
+
+
+def test_the_log_says_once_what_cannot_run(monkeypatch, caplog):
+    monkeypatch.setattr(_ops, "_triton_problem", lambda device: "triton is not installed")
+    _ops._why_not.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="impl='triton' cannot run: triton is not installed"):
+                _ops.select_impl("triton", GPU)
+    finally:
+        _ops._why_not.cache_clear()
+    assert caplog.messages == ["triton kernels cannot run on cuda:0: triton is not installed"]
 
 
 def test_a_named_cuda_runs_or_raises(problems):
