@@ -1,6 +1,7 @@
 """The CUDA kernels as they are built, found, compiled and launched, as far as a machine without a GPU can tell."""
 
 import json
+import stat
 import subprocess
 import sys
 from functools import partial
@@ -70,6 +71,16 @@ def test_a_cubin_is_compiled_once_for_what_it_depends_on(tmp_path, monkeypatch, 
         others.append(loader.cached_cubin(source, "90"))
     assert [path.read_bytes() for path in others] == [b"2", b"3", b"4", b"5"]
     assert sorted(path.suffix for path in first.parent.iterdir()) == [".cubin"] * 5
+    assert stat.S_IMODE(first.stat().st_mode) == 0o644
+
+
+def test_a_failed_compilation_leaves_nothing_in_the_cache(tmp_path, monkeypatch, nvrtc):
+    source = tmp_path / "planted.cu"
+    source.write_text("no C++\n")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(RuntimeError, match=r"planted.cu does not compile"):
+        loader.cached_cubin(source, "90")
+    assert list(tmp_path.glob("cache/*")) == []
 
 
 def test_a_kernel_is_found_by_the_longest_name_of_a_source(tmp_path, monkeypatch):

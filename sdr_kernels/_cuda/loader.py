@@ -130,9 +130,11 @@ def cached_cubin(source: Path, capability: str) -> Path:
     name = f"sdr_{source.stem}_sm_{capability}_{hashlib.sha256(repr(depends).encode()).hexdigest()[:16]}.cubin"
     folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
     if not (folder / name).exists():
+        cubin = compile_cubin(source, capability)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(compile_cubin(source, capability))
+            file.write(cubin)
+        os.chmod(file.name, 0o644)  # others may share the cache, and a temporary file is its owner's alone
         os.replace(file.name, folder / name)  # another process never reads half a file
     return folder / name
 
