@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo control test lint bench gpu clean
 
-$(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+$(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt sdr_kernels/_csrc.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@

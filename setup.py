@@ -1,6 +1,7 @@
 """Builds sdr_kernels._C with CMake where there is nvcc; SDR_CUDA says whether: auto (the default), 1 or 0."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ class BuildPython(build_py):
         if not CUDA:
             self.warn(f"no CUDA kernels are built: {'SDR_CUDA is 0' if WANTED == '0' else 'nvcc was not found'}")
         if not self.editable_mode:  # where _C was not built, NVRTC compiles them
-            shutil.copytree("csrc", Path(self.build_lib, "sdr_kernels", "csrc"), dirs_exist_ok=True)
+            shipped = Path(self.build_lib, "sdr_kernels", "csrc")
+            shutil.rmtree(shipped, ignore_errors=True)  # a source that is gone, by a build before this one
+            shutil.copytree("csrc", shipped)
         elif not CUDA:
             for left in Path("sdr_kernels").glob("_C.*"):  # by an editable install before this one
                 left.unlink()
@@ -41,6 +44,7 @@ class BuildCUDA(build_ext):
             "CMAKE_CUDA_COMPILER": NVCC,
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": Path(self.get_ext_fullpath(ext.name)).resolve().parent,
             "Python_EXECUTABLE": sys.executable,
+            "SDR_CSRC": runpy.run_path("sdr_kernels/_csrc.py")["digest"](Path("csrc")),
             "pybind11_DIR": pybind11.get_cmake_dir(),
         }
         # --fresh: an earlier build's cache names files of a build environment that is gone

@@ -120,7 +120,14 @@ std::vector<std::string> kernels() {
 py::dict build_info() {
   using namespace py::literals;
   return py::dict("cuda"_a = SDR_CUDA_VERSION, "architectures"_a = SDR_ARCHITECTURES,
-                  "host_compiler"_a = SDR_HOST_COMPILER);
+                  "host_compiler"_a = SDR_HOST_COMPILER, "csrc"_a = SDR_CSRC);
+}
+
+int driver_version() {
+  int version = 0;
+  const cudaError_t status = cudaDriverGetVersion(&version);
+  if (status != cudaSuccess) throw std::runtime_error(std::string("driver_version: ") + cudaGetErrorString(status));
+  return version;
 }
 
 }  // namespace
@@ -137,5 +144,6 @@ PYBIND11_MODULE(_C, m) {
         "Launch a kernel of kernels() on a stream of a device; args: an int for a pointer or an int64_t, a float for a "
         "float. RuntimeError for an unknown name, wrong arguments and every CUDA error.");
   m.def("kernels", &kernels, "Names of all kernels, sorted.");
-  m.def("build_info", &build_info, "CUDA's version, the architectures and the host compiler of this build.");
+  m.def("build_info", &build_info, "CUDA's version, architectures, host compiler and csrc's digest of this build.");
+  m.def("driver_version", &driver_version, "1000 * major + 10 * minor of the CUDA that the driver is for; 0 without.");
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sdr_kernels
-from sdr_kernels import _ops, info
+from sdr_kernels import _csrc, _ops, info
 from sdr_kernels._cuda import loader
 
 SOURCES = sorted(loader.CSRC.glob("*.cu"))
@@ -138,7 +138,9 @@ def test_nvrtc_launch_gives_arguments_their_width_and_asks_for_shared_memory(mon
 @needs_build
 def test_the_built_module_refuses_what_it_does_not_know():
     module = loader.built()
-    assert set(module.build_info()) == {"cuda", "architectures", "host_compiler"}
+    assert set(module.build_info()) == {"cuda", "architectures", "host_compiler", "csrc"}
+    assert module.build_info()["csrc"] == loader.csrc_digest()
+    assert (module.driver_version() > 0) >= torch.cuda.is_available()
     assert {loader.source_of(name) for name in module.kernels()} == set(SOURCES)
     with pytest.raises(RuntimeError, match=r"sdr_kernels._C has no kernel lossless"):
         module.launch("lossless", 0, (1, 1, 1), (1, 1, 1), 0, 0, [])
@@ -164,11 +166,61 @@ def test_code_runs_where_cuda_says(architecture, capability, runs):
     assert loader.runs_on(architecture, capability) is runs
 
 
-def test_why_not_cuda(monkeypatch):
+@pytest.fixture
+def build(monkeypatch):
+    """What a module says of itself with which all is right, on a GPU of sm_90; a test changes it."""
+    said = {"architectures": "sm_80 sm_90", "cuda": "13.1.80", "csrc": loader.csrc_digest(), "driver": 13010}
+    module = SimpleNamespace(build_info=lambda: said, driver_version=lambda: said["driver"])
+    monkeypatch.setattr(loader, "built", lambda: module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return said
+
+
+def test_a_module_of_other_sources_is_refused(build, monkeypatch):
+    assert loader.why_not_cuda(GPU.device) == ""
+    stale = "sdr_kernels._C was built from other sources than csrc: install again"
+    build["csrc"] = "0" * 64
+    assert loader.why_not_cuda(GPU.device) == stale
+    del build["csrc"]  # as before the digest was embedded
+    assert loader.why_not_cuda(GPU.device) == stale
+    monkeypatch.setattr(loader, "csrc_digest", lambda: "")
+    assert loader.why_not_cuda(GPU.device) == ""
+
+
+def test_the_digest_is_of_names_and_contents_of_what_is_compiled(tmp_path):
+    def digest_with(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return _csrc.digest(tmp_path)
+
+    names = ("a.cu", "a.cuh", "a.h", "a.cpp", "flags.txt")
+    digests = [digest_with(name, "1") for name in names] + [digest_with(name, "2") for name in names]
+    (tmp_path / "a.cu").rename(tmp_path / "b.cu")
+    digests.append(_csrc.digest(tmp_path))
+    assert len(set(digests)) == 2 * len(names) + 1
+    assert digest_with("a.cu.swp", "an editor's") == digests[-1]
+    assert {path.suffix for path in loader.CSRC.iterdir()} <= set(_csrc.SUFFIXES)
+
+
+@pytest.mark.parametrize(
+    ("driver", "architectures", "problem"),
+    [
+        (13010, "sm_80 sm_90", ""),
+        (13000, "sm_80 sm_90", ""),
+        (13020, "sm_80 compute_80", ""),
+        (13000, "sm_80 compute_80", "sdr_kernels._C was built with CUDA 13.1, the driver is for CUDA 13.0"),
+        (12080, "sm_80 sm_90", "sdr_kernels._C was built with CUDA 13.1, the driver is for CUDA 12.8"),
+        (0, "sm_80 sm_90", "sdr_kernels._C was built with CUDA 13.1, the driver is for CUDA 0.0"),
+    ],
+)
+def test_an_older_driver_is_named(driver, architectures, problem, build):
+    build |= {"driver": driver, "architectures": architectures}
+    assert loader.why_not_cuda(GPU.device) == problem
+
+
+def test_why_not_cuda(build, monkeypatch):
     assert loader.why_not_cuda(torch.device("cpu")) == "it needs CUDA tensors, got cpu"
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(loader, "built", lambda: SimpleNamespace(build_info=lambda: {"architectures": "sm_80 sm_90"}))
     assert loader.why_not_cuda(GPU.device) == ""
     capability = (12, 0)
     assert loader.why_not_cuda(GPU.device) == "sdr_kernels._C was built for sm_80 sm_90, cuda:0 is sm_120"

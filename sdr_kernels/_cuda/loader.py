@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdr_kernels._csrc import digest
 from sdr_kernels._ops import why_not_gpu
 
 PACKAGE = Path(__file__).parent.parent
@@ -38,11 +39,30 @@ def why_not_cuda(device: torch.device) -> str:
     module = built()
     if module is None:
         return "" if find_spec("cupy") else "sdr_kernels._C was not built, and CuPy, to compile csrc, is not installed"
-    architectures = module.build_info()["architectures"]
-    capability = torch.cuda.get_device_capability(device)
-    if any(runs_on(architecture, capability) for architecture in architectures.split()):
+    build = module.build_info()
+    if csrc_digest() not in ("", build.get("csrc")):
+        return "sdr_kernels._C was built from other sources than csrc: install again"
+    architectures, capability = build["architectures"], torch.cuda.get_device_capability(device)
+    fit = [architecture for architecture in architectures.split() if runs_on(architecture, capability)]
+    if not fit:
+        return f"sdr_kernels._C was built for {architectures}, {device} is sm_{capability[0]}{capability[1]}"
+    return _driver_problem(module, only_ptx=all(architecture.startswith("compute_") for architecture in fit))
+
+
+@cache
+def csrc_digest() -> str:
+    """Of the sources that lie here; empty where there are none."""
+    return digest(CSRC) if CSRC.is_dir() else ""
+
+
+def _driver_problem(module: ModuleType, only_ptx: bool) -> str:
+    """Empty where the driver is new enough for the CUDA runtime in ``sdr_kernels._C``."""
+    major, minor = map(int, module.build_info()["cuda"].split(".")[:2])
+    driver = divmod(module.driver_version() // 10, 100)
+    # a driver runs machine code of all of its major version's toolkits, and PTX of those not newer than it
+    if driver >= (major, minor if only_ptx else 0):
         return ""
-    return f"sdr_kernels._C was built for {architectures}, {device} is sm_{capability[0]}{capability[1]}"
+    return f"sdr_kernels._C was built with CUDA {major}.{minor}, the driver is for CUDA {driver[0]}.{driver[1]}"
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
