@@ -193,6 +193,7 @@ __device__ float mutual_information(
     const LogSoftmax log_loo(loo + w * K, K, temperature);
     total += reverse ? divergence(log_loo, log_joint, K) : divergence(log_joint, log_loo, K);
   }
+  if (total < 0) total = 0;  // by rounding
   const float value = complementary ? expf(-total) : total;
   const float scale = (complementary ? -value : 1) / (B * temperature);
   for (int64_t k = 0; k < K; ++k) djoint[k] = 0;
