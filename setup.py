@@ -17,8 +17,10 @@ WANTED = os.environ.get("SDR_CUDA", "auto")
 CUDA = WANTED == "1" or (WANTED == "auto" and NVCC is not None)
 if WANTED not in ("auto", "1", "0"):
     sys.exit(f"SDR_CUDA must be auto, 1 or 0, got {WANTED!r}")
+if WANTED != "0" and HOME and NVCC is None:
+    sys.exit(f"CUDA_HOME has no bin/nvcc: {HOME}; unset it, or set SDR_CUDA=0")
 if CUDA and NVCC is None:
-    sys.exit(f"SDR_CUDA=1 needs nvcc, and there is none in {f'CUDA_HOME, {HOME}' if HOME else 'PATH'}")
+    sys.exit("SDR_CUDA=1 needs nvcc, and there is none in PATH")
 
 
 class BuildPython(build_py):

@@ -50,7 +50,8 @@ def why_not(options: argparse.Namespace) -> str:
     """Empty where the command can run here, else the reason in one line."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        return f"{sys.executable} has no {', '.join(missing)}"
+        packages = " ".join(missing)
+        return f"{sys.executable} has no {', '.join(missing)}: pip install -c constraints.txt {packages}"
     if options.rehearse:
         inside = options.out is not None and options.out.resolve().is_relative_to(RESULTS)
         return f"a rehearsal is no result: --out must lie outside {RESULTS}" if inside else ""

@@ -7,7 +7,7 @@ An op's module holds its reference, its schemas and its public function; ``_trit
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -164,6 +164,23 @@ def select_impl(
         if strict():
             raise RuntimeError(f"SDR_STRICT is set and impl='auto' would pass over {name} on {x.device}: {reason}")
     return reference_instead(x.device, "; ".join(dict.fromkeys(reasons)))
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """A backward that raises where its own derivative is asked for.
+
+    torch's ``once_differentiable`` is silent where the output's gradient is a constant: the second derivative, of a
+    gradient penalty say, would be left out.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx, *gradients):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("a kernel's gradient has no derivative (create_graph=True): impl='reference' has it")
+        return once(ctx, *gradients)
+
+    return checked
 
 
 def check_floating(**tensors: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -259,6 +260,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="compiling processes")
     parser.add_argument("--out", type=Path, help="also write the table to this JSON file")
     options = parser.parse_args(arguments)
+    if find_spec("triton") is None:
+        print("the audit needs Triton: pip install -c constraints.txt triton", file=sys.stderr)
+        return 2
     archs = options.arch or sorted(SHARED_MEMORY)
     rows = run_jobs(shipped_jobs(archs), options.jobs)
     rows.sort(key=lambda row: (row.arch, row.shape_class, row.kernel))

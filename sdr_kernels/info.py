@@ -20,11 +20,20 @@ def info() -> dict:
     """Versions, the build, GPUs, and by op and kind of tensor what would run and why the rest would not."""
     return {
         "versions": versions(),
-        "build": {**loader.built().build_info(), "kernels": loader.built().kernels()} if loader.built() else None,
+        "build": build(),
         "csrc": str(loader.CSRC),
         "gpus": [gpu(device) for device in range(torch.cuda.device_count())],
         "ops": {name: choices(op_of(name)) for name in public_ops()},
     }
+
+
+def build() -> dict | None:
+    """Of ``sdr_kernels._C``; None where it was not built."""
+    module = loader.built()
+    if module is None:
+        return None
+    found = module.build_info()
+    return {**found, "stale": loader.csrc_digest() not in ("", found.get("csrc")), "kernels": module.kernels()}
 
 
 def versions() -> dict[str, str | None]:
@@ -88,6 +97,8 @@ def table(found: dict) -> str:
     lines.append(f"csrc: {found['csrc']}")
     if build:
         lines.append(f"sdr_kernels._C: CUDA {build['cuda']}, {build['architectures']}, {build['host_compiler']}")
+        if build["stale"]:
+            lines.append("sdr_kernels._C was built from other sources than csrc: install again")
         lines.append(f"kernels: {', '.join(build['kernels'])}")
     else:
         lines.append("sdr_kernels._C: not built")

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdr_kernels._ops import check_floating, register, select_impl
+from sdr_kernels._ops import check_floating, differentiable_once, register, select_impl
 
 ANCHORS = ("all", "real")
 MIN_TEMPERATURE = 1e-6  # cosines over less leave float32's range
@@ -61,7 +61,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dloss):
         return _bwd(*ctx.saved_tensors, dloss, ctx.temperature, ctx.impl), None, None, None, None
 
@@ -77,7 +77,7 @@ class _GatherRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         return dout.tensor_split(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
 
@@ -91,7 +91,7 @@ class _SumOfLosses(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dloss):
         dloss = dloss.clone()
         dist.all_reduce(dloss, group=ctx.group)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdr_kernels._ops import check_floating, register, select_impl
+from sdr_kernels._ops import check_floating, differentiable_once, register, select_impl
 from sdr_kernels.info_nce import check_temperature
 
 MAX_CLASSES = 16  # of the kernels
@@ -55,7 +55,7 @@ class _LeaveOneOutKL(torch.autograd.Function):
         return value
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dvalue):
         djoint, dloo = ((dvalue * saved).to(ctx.dtype) for saved in ctx.saved_tensors)
         return None if ctx.detach_joint else djoint, dloo, None, None, None, None, None

@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdr_kernels._ops import check_floating, register, select_impl
+from sdr_kernels._ops import check_floating, differentiable_once, register, select_impl
 from sdr_kernels.info_nce import check_features, check_temperature, info_nce, info_nce_reference
 from sdr_kernels.leave_one_out_kl import check_logits, leave_one_out_kl_reference, why_unfit
 
@@ -83,7 +83,7 @@ class _SDRLoss(torch.autograd.Function):
         return parts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dparts):
         dfeatures, dlogits, djoint, dloo = ctx.saved_tensors
         heads = ((dparts[1::2, None] * d.flatten(1)).sum(0).view(d.shape[1:]) for d in (djoint, dloo))

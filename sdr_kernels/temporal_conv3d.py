@@ -9,6 +9,7 @@ from sdr_kernels._ops import (
     check_floating,
     check_same,
     check_shape,
+    differentiable_once,
     empty_channels_last,
     needs_gradient,
     register,
@@ -78,7 +79,7 @@ class _TemporalConv3d(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, dout):
         x, weight, scale, out = ctx.saved_tensors
         needs = ctx.needs_input_grad

@@ -138,6 +138,13 @@ def test_float64_on_a_cpu():
     torch.testing.assert_close(*(torch.autograd.grad(v, features)[0] for v in values), rtol=1e-11, atol=1e-14)
 
 
+def test_gradient_of_a_gradient_is_refused(impl, device):
+    """Not left out in silence, where the gradient of the loss is a constant."""
+    features, labels = make_inputs(6, 3, torch.float32, device)
+    with pytest.raises(RuntimeError, match=r"a kernel's gradient has no derivative .*impl='reference' has it"):
+        torch.autograd.grad(info_nce(features, labels, impl=impl), features, create_graph=True)
+
+
 def test_reference_gradients():
     features, labels = make_inputs(6, 3, torch.float64, "cpu")
     assert torch.autograd.gradcheck(lambda x: info_nce(x, labels, impl="reference"), features)

@@ -137,6 +137,12 @@ def test_autocast_does_not_reach_in(impl, device):
     assert all(torch.equal(*pair) for pair in zip(gradients, expected, strict=True))
 
 
+def test_gradient_of_a_gradient_is_refused(device):
+    x, labels, *rest = make_inputs((4, 3, 6), torch.float32, device)
+    with pytest.raises(RuntimeError, match="a kernel's gradient has no derivative"):
+        torch.autograd.grad(sdr_loss(x, labels, *rest, impl="triton").sum(), x, create_graph=True)
+
+
 def test_repeats_are_bit_equal(dtype, device):
     inputs = [t.detach() for t in make_inputs((16, 4, 70), dtype, device)]
     op = torch.ops.sdr_kernels.sdr_loss_fwd
