@@ -54,7 +54,8 @@ def sdr_loss_reference(
     return torch.stack([ce, mi, contrastive, aux])
 
 
-def _fake_fwd(features, labels, logits, joint_logits, loo_logits, *_):
+def empty_results(features: Tensor, joint_logits: Tensor, loo_logits: Tensor) -> tuple[Tensor, ...]:
+    """Unwritten parts, dfeatures, dlogits, djoint and dloo, as a launcher of ``sdr_loss_fwd`` returns them."""
     B, V, D = features.shape
     shapes = (4,), (B * V, D), (B,), (2, *joint_logits.shape), (2, *loo_logits.shape)
     return tuple(features.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -67,7 +68,7 @@ _fwd = register(
     "(Tensor features, Tensor labels, Tensor logits, Tensor joint_logits, Tensor loo_logits, float temperature, "
     "float mi_temperature, bool real_anchors, bool detach_joint, bool reverse, bool complementary, str impl) -> "
     "(Tensor parts, Tensor dfeatures, Tensor dlogits, Tensor djoint, Tensor dloo)",
-    fake=_fake_fwd,
+    fake=lambda features, labels, logits, joint, loo, *_: empty_results(features, joint, loo),
 )
 
 

@@ -3,10 +3,10 @@
 One launch for float32 logits and int64 labels; others are converted first, by a launch each.
 """
 
-import torch
 from torch import Tensor
 
 from sdr_kernels._cuda.loader import launch
+from sdr_kernels.sdr_loss import empty_results
 
 COLUMNS, STAGES, STAGE_ROW_BYTES, THREADS = 32, 4, 144, 256  # as in csrc/sdr_loss.cu
 
@@ -24,8 +24,7 @@ def sdr_loss_fwd(
     B, V, D = features.shape
     _, W, K = loo_logits.shape
     rows = 64 if B * V <= 64 else 128
-    shapes = (4,), (B * V, D), (B,), (2, B, K), (2, B, W, K)
-    out = tuple(features.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    out = empty_results(features, joint_logits, loo_logits)
     launch(
         f"sdr_loss_{str(features.dtype).removeprefix('torch.')}_rows{rows}", features,
         (-(-D // COLUMNS) + 1,), (THREADS,),

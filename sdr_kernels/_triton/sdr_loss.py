@@ -25,7 +25,7 @@ from sdr_kernels._triton.info_nce import (
     row_norms,
 )
 from sdr_kernels._triton.leave_one_out_kl import log_softmax, mutual_information, store_classes
-from sdr_kernels.sdr_loss import LossOptions, sdr_loss_reference
+from sdr_kernels.sdr_loss import LossOptions, empty_results, sdr_loss_reference
 
 
 @triton.jit
@@ -157,8 +157,7 @@ def sdr_loss_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, V, D = features.shape
     _, W, K = loo_logits.shape
-    shapes = (4,), (B * V, D), (B,), (2, B, K), (2, B, W, K)
-    out = [features.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    out = empty_results(features, joint_logits, loo_logits)
     labels = labels.view(torch.uint8) if labels.dtype == torch.bool else labels
     block_n = width_class(B * V) if D else 16
     tile = choose_tile(f"sdr_loss {precision_class(features.dtype)} rows{block_n}", B * V, features.device)
@@ -169,7 +168,7 @@ def sdr_loss_fwd(
             D=D, K=K, REAL=real_anchors, DETACH=detach_joint, REVERSE=reverse, COMPLEMENTARY=complementary,
             BLOCK_N=block_n, BLOCK_K=triton.next_power_of_2(K), BLOCK_B=16, **tile,
         )  # fmt: skip
-    return tuple(out)
+    return out
 
 
 def audit_cases(precision: str) -> Iterator[AuditCase]:

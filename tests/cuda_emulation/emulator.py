@@ -57,8 +57,8 @@ class Emulator:
 
     def __init__(self, op: str, changed: dict[str, str] | None = None):
         """``changed``: texts that replace those of ``csrc/``, by their file's name."""
-        self.library = build(op, texts(CSRC, ".h", ".cuh", ".cu") | (changed or {}))
-        self.library.emulate.restype = ctypes.c_char_p
+        self.kernels = build(op, texts(CSRC, ".h", ".cuh", ".cu") | (changed or {}))
+        self.kernels.emulate.restype = ctypes.c_char_p
 
     def launch(self, kernel: str, x: Tensor, grid: tuple, block: tuple, args: Sequence, shared_bytes: int = 0) -> None:
         """Like ``_cuda.loader.launch``; RuntimeError where a kernel leaves its tensors or races."""
@@ -86,8 +86,8 @@ class Emulator:
 
     def emulate(self, kernel, slots, sizes, grid, blocks, threads, shared_bytes, backwards=False):
         """Run some blocks of a launch; see runtime.cpp."""
-        problem = self.library.emulate(
-            getattr(self.library, f"emulate_{kernel}"), slots, sizes, len(slots),
+        problem = self.kernels.emulate(
+            getattr(self.kernels, f"emulate_{kernel}"), slots, sizes, len(slots),
             *map(ctypes.c_uint, (grid, blocks.start, blocks.stop, threads)), ctypes.c_size_t(shared_bytes), backwards,
         )  # fmt: skip
         if problem:
