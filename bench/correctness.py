@@ -30,6 +30,7 @@ TESTS = [
     "test_info_nce.py",
     "test_leave_one_out_kl.py",
     "test_sdr_loss.py",
+    "test_clip_views.py",
     "test_cuda_launches.py",
     "test_graphs.py",
     "test_fast.py",

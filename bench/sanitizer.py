@@ -100,6 +100,19 @@ def sdr_loss(
         yield torch.autograd.grad(parts.sum(), (x, z, joint, loo), allow_unused=True)
 
 
+def clip_views(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
+    B, V, T, H, W = 2, 3, 2, 35, 37
+    planar = torch.randint(0, 256, (B, 3, T, H, W), dtype=torch.uint8).to(device)
+    innermost = planar.movedim(1, -1).contiguous().movedim(-1, 1)
+    for clips, F in ((planar, 1), (innermost, T)):
+        sampling = torch.randn(B, V, F, 4, device=device) * torch.tensor([1.0, 40, 1, 40], device=device)
+        sampling[:, 0] = torch.tensor([-1.0, W - 1, 1, 0], device=device)
+        color = torch.randn(B, V, F, 3, 4, device=device)
+        hole = torch.randint(-2, 40, (B, V, F, 4), dtype=torch.int32).to(device)
+        statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        yield sdr_kernels.clip_views(clips, sampling, color, hole, **statistics, dtype=dtype, impl="triton")
+
+
 SMALL_SHAPES: dict[str, Callable[[torch.device, torch.dtype], Iterator[object]]] = {
     "temporal_conv3d": temporal_conv3d,
     "temporal_stem": temporal_stem,
@@ -110,6 +123,7 @@ SMALL_SHAPES: dict[str, Callable[[torch.device, torch.dtype], Iterator[object]]]
     "info_nce": info_nce,
     "leave_one_out_kl": leave_one_out_kl,
     "sdr_loss": sdr_loss,
+    "clip_views": clip_views,
 }
 # ops of csrc, which have no interpreter; they copy 16 bytes at a time where rows allow it, and have tiles of 128 rows
 CUDA_SHAPES = {

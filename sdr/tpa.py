@@ -4,14 +4,16 @@ The draw is a pure function of (seed, epoch, sample, view) through a counter-bas
 any number of workers and a resumed run see the same parameters.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdr.config import TPAConfig
+from sdr_kernels import clip_views
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,6 +38,23 @@ class ViewParameters:
     crop: np.ndarray
     color: np.ndarray
     cutout: np.ndarray
+
+
+class ViewMaps(NamedTuple):
+    """What is done to V views of B clips, ready for a kernel; F is T where a method is drawn per frame, else 1.
+
+    A view is flipped, cropped, colour mapped and clamped, normalised and given its hole, in this order.
+
+    Args:
+        sampling: [B, V, F, 4] float32, scale and offset in x, then in y: output pixel i reads the source at pixel index
+            ``scale * i + offset``, bilinear, clamped to the border; a flip is a negative scale.
+        color: [B, V, F, 3, 4] float32, affine map of RGB in 0..1, whose result is clamped to 0..1.
+        hole: [B, V, F, 4] int32, first and past-the-last column, then row, in pixels; empty where right <= left.
+    """
+
+    sampling: np.ndarray
+    color: np.ndarray
+    hole: np.ndarray
 
 
 def draw_view(config: TPAConfig, *, seed: int, epoch: int, sample: int, view: int, num_frames: int) -> ViewParameters:
@@ -117,75 +136,92 @@ def standardise(clip: Tensor) -> Tensor:
     return (clip - mean) / std
 
 
-def apply_view(clip: Tensor, parameters: ViewParameters, *, fill: str = "mean") -> Tensor:
-    """One augmented, normalised view: geometric, photometric, normalise, cutout.
+def draw_maps(
+    config: TPAConfig,
+    *,
+    seed: int,
+    epoch: int,
+    samples: Sequence[int],
+    num_views: int,
+    num_frames: int,
+    size: tuple[int, int],
+) -> ViewMaps:
+    """The draws of ``num_views`` views of these samples, each by ``draw_view``, in pixels of frames of this size.
 
     Args:
-        clip: uint8 RGB, [3, T, H, W].
-        parameters: of its T frames.
-        fill: of the hole: ``mean`` (0 after normalisation) or ``black``.
-
-    Returns:
-        float32, [3, T, H, W].
+        config: methods and strengths.
+        seed: of the run.
+        epoch: of the run.
+        samples: B numbers that name the clips.
+        num_views: V.
+        num_frames: T.
+        size: height and width in pixels.
     """
-    if clip.dtype != torch.uint8 or clip.ndim != 4 or clip.shape[:2] != (3, len(parameters.flip)):
-        raise ValueError(f"clip must be uint8 [3, {len(parameters.flip)}, H, W], got {clip.dtype} {list(clip.shape)}")
-    x = clip.float().transpose(0, 1) / 255  # [T, 3, H, W]
-    flip, crop, color, cutout = (
-        torch.from_numpy(p).to(x.device)
-        for p in (parameters.flip, parameters.crop, parameters.color, parameters.cutout)
+    methods = {config.methods[view % len(config.methods)] for view in range(num_views)}
+    draws = num_frames if methods & set(config.per_frame) else 1
+    shape = len(samples), num_views, draws
+    maps = ViewMaps(
+        np.empty((*shape, 4), np.float32), np.empty((*shape, 3, 4), np.float32), np.empty((*shape, 4), np.int32)
     )
-    if flip.any():
-        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
-    if (parameters.crop != FULL_FRAME).any():
-        x = F.grid_sample(x, crop_grid(crop, *x.shape[-2:]), padding_mode="border", align_corners=False)
-    if (parameters.color != np.eye(3, 4)).any():
-        x = torch.einsum("tij,tjhw->tihw", color[:, :, :3].float(), x) + color[:, :, 3].float()[..., None, None]
-        x = x.clamp(0, 1)
-    x = standardise(x.transpose(0, 1))
-    hole = cutout_mask(cutout, *x.shape[-2:])
-    black = standardise(torch.zeros(3, 1, 1, 1, device=x.device))
-    return torch.where(hole, black if fill == "black" else torch.zeros_like(black), x)
+    for b, sample in enumerate(samples):
+        for v in range(num_views):
+            drawn = draw_view(config, seed=seed, epoch=epoch, sample=sample, view=v, num_frames=draws)
+            for array, of_view in zip(maps, view_maps(drawn, size), strict=True):
+                array[b, v] = of_view
+    return maps
 
 
-def crop_grid(crop: Tensor, height: int, width: int) -> Tensor:
-    """crop: [T, 4] shares of the frame; to grid_sample's grid, [T, H, W, 2] float32."""
-    y, x = (((torch.arange(n, device=crop.device, dtype=crop.dtype) + 0.5) / n) for n in (height, width))
-    left, top, w, h = crop[:, :, None].unbind(1)  # [T, 1]
-    grid_x = (2 * (left + x * w) - 1)[:, None, :].expand(-1, height, -1)
-    grid_y = (2 * (top + y * h) - 1)[:, :, None].expand(-1, -1, width)
-    return torch.stack([grid_x, grid_y], -1).float()
+def view_maps(drawn: ViewParameters, size: tuple[int, int]) -> ViewMaps:
+    """One view's maps in float64, of the drawn shares: [F, 4], [F, 3, 4] and [F, 4]."""
+    height, width = size
+    left, top, share_x, share_y = drawn.crop.T
+    offset_x, offset_y = width * left + (share_x - 1) / 2, height * top + (share_y - 1) / 2  # of pixel centres
+    scale_x = np.where(drawn.flip, -share_x, share_x)
+    offset_x = np.where(drawn.flip, width - 1 - offset_x, offset_x)
+    hole = [*pixels_between(*drawn.cutout.T[::2], width), *pixels_between(*drawn.cutout.T[1::2], height)]
+    return ViewMaps(np.stack([scale_x, offset_x, share_y, offset_y], 1), drawn.color, np.stack(hole, 1))
 
 
-def cutout_mask(cutout: Tensor, height: int, width: int) -> Tensor:
-    """cutout: [T, 4] shares of the frame; to a mask of the pixels whose centre lies in the hole, [T, H, W]."""
-    y, x = (((torch.arange(n, device=cutout.device, dtype=cutout.dtype) + 0.5) / n) for n in (height, width))
-    left, top, w, h = cutout[:, :, None].unbind(1)  # [T, 1]
-    inside_x, inside_y = (x >= left) & (x < left + w), (y >= top) & (y < top + h)
-    return inside_y[:, :, None] & inside_x[:, None, :]
+def pixels_between(start: np.ndarray, length: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and past-the-last of the pixels whose centre lies in [start, start + length), shares of an axis."""
+    centres = (np.arange(size) + 0.5) / size
+    return np.searchsorted(centres, start), np.searchsorted(centres, start + length)
 
 
-def augment(clips: Tensor, config: TPAConfig, *, seed: int, epoch: int, samples: list[int], num_views: int) -> Tensor:
+def augment(
+    clips: Tensor,
+    config: TPAConfig,
+    *,
+    seed: int,
+    epoch: int,
+    samples: Sequence[int],
+    num_views: int,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> Tensor:
     """V views of each clip.
 
     Args:
-        clips: uint8, [B, 3, T, H, W].
+        clips: uint8, [B, 3, T, H, W]; any strides.
         config: methods and strengths.
         seed: of the run.
         epoch: of the run.
         samples: B numbers that name the clips; with ``seed``, ``epoch`` and the view they key the draw.
         num_views: V.
+        dtype: of the result.
+        impl: of ``sdr_kernels.clip_views``.
 
     Returns:
-        float32, normalised, [B, V, 3, T, H, W], channels last in memory.
+        Normalised, [B, V, 3, T, H, W] of ``dtype``, channels last in memory: the layout in which (k,1,1) convolutions
+        are fast, on the CPU more than twice.
     """
+    if clips.ndim != 5:
+        raise ValueError(f"clips must be [B, 3, T, H, W], got {list(clips.shape)}")
     if len(samples) != len(clips):
         raise ValueError(f"samples must name {len(clips)} clips, got {len(samples)}")
-    B, C, T, H, W = clips.shape
-    # channels_last_3d in memory: the layout in which (k,1,1) convolutions are fast, on the CPU more than twice
-    views = torch.empty(B, num_views, T, H, W, C, device=clips.device).permute(0, 1, 5, 2, 3, 4)
-    for b, (clip, sample) in enumerate(zip(clips, samples, strict=True)):
-        for v in range(num_views):
-            parameters = draw_view(config, seed=seed, epoch=epoch, sample=sample, view=v, num_frames=T)
-            views[b, v] = apply_view(clip, parameters, fill=config.cutout_fill)
-    return views
+    T, H, W = clips.shape[2:]
+    key = {"seed": seed, "epoch": epoch, "samples": samples, "num_views": num_views}
+    drawn = draw_maps(config, **key, num_frames=T, size=(H, W))
+    maps = (torch.from_numpy(array).to(clips.device) for array in drawn)
+    statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return clip_views(clips, *maps, **statistics, fill=config.cutout_fill, dtype=dtype, impl=impl)

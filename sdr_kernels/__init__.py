@@ -1,5 +1,6 @@
 """Ops for temporal-only convolution networks: every op has a plain PyTorch reference and faster implementations."""
 
+from sdr_kernels.clip_views import clip_views
 from sdr_kernels.info_nce import info_nce
 from sdr_kernels.leave_one_out_kl import leave_one_out_kl
 from sdr_kernels.norm_linear import norm_linear
@@ -15,6 +16,7 @@ __all__ = [
     "FoldedConv",
     "LossOptions",
     "bottleneck_chain",
+    "clip_views",
     "info_nce",
     "leave_one_out_kl",
     "norm_linear",

@@ -8,7 +8,18 @@ import torch
 
 from sdr import TPAConfig
 from sdr.config import TPA_METHODS
-from sdr.tpa import ViewParameters, apply_view, augment, draw_view, normalise
+from sdr.tpa import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ViewParameters,
+    augment,
+    draw_maps,
+    draw_view,
+    normalise,
+    pixels_between,
+    view_maps,
+)
+from sdr_kernels import clip_views
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -33,6 +44,14 @@ def parameters(flip=False, crop=(0, 0, 1, 1), color=None, cutout=(0, 0, 0, 0)):
         np.tile(color, (T, 1, 1)),
         np.tile(np.float64(cutout), (T, 1)),
     )
+
+
+def apply_view(clip, drawn, fill="mean"):
+    """One view of one clip, [3, T, H, W], through the maps that every path takes."""
+    maps = view_maps(drawn, tuple(clip.shape[-2:]))
+    dtypes = torch.float32, torch.float32, torch.int32
+    maps = [torch.from_numpy(array).to(dtype)[None, None] for array, dtype in zip(maps, dtypes, strict=True)]
+    return clip_views(clip[None], *maps, mean=IMAGENET_MEAN, std=IMAGENET_STD, fill=fill)[0, 0]
 
 
 def denormalise(view):
@@ -73,6 +92,42 @@ def test_draw_does_not_depend_on_the_batch():
     assert together.shape == (3, 4, 3, T, SIZE, SIZE)
 
 
+def test_maps_are_those_of_the_draws():
+    config = TPAConfig(per_frame=frozenset({"crop"}))
+    key = {"seed": 5, "epoch": 1, "num_views": 5}
+    maps = draw_maps(config, **key, samples=[7, 9], num_frames=T, size=(12, SIZE))
+    assert [array.shape for array in maps] == [(2, 5, T, 4), (2, 5, T, 3, 4), (2, 5, T, 4)]
+    assert [array.dtype for array in maps] == [np.float32, np.float32, np.int32]
+    for b, sample in enumerate([7, 9]):
+        for view in range(5):
+            drawn = draw_view(config, seed=5, epoch=1, sample=sample, view=view, num_frames=T)
+            for array, expected in zip(maps, view_maps(drawn, (12, SIZE)), strict=True):
+                assert np.array_equal(array[b, view], expected.astype(array.dtype))
+
+
+def test_maps_have_one_frame_unless_a_method_is_drawn_per_frame():
+    for per_frame, num_views, frames in (((), 4, 1), (("crop",), 4, T), (("crop",), 3, 1), (("flip",), 3, T)):
+        config = TPAConfig(per_frame=frozenset(per_frame))
+        maps = draw_maps(config, seed=0, epoch=0, samples=[1], num_views=num_views, num_frames=T, size=(8, 8))
+        assert [array.shape[2] for array in maps] == [frames] * 3
+        whole = augment(still_clip()[None], config, seed=0, epoch=0, samples=[1], num_views=num_views)
+        for view in range(num_views):
+            drawn = draw_view(config, seed=0, epoch=0, sample=1, view=view, num_frames=T)
+            assert torch.equal(whole[0, view], apply_view(still_clip(), drawn))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_augment_in_another_dtype(dtype):
+    clips = torch.randint(0, 256, (2, 3, T, 12, SIZE), dtype=torch.uint8)
+    key = {"seed": 5, "epoch": 1, "samples": [7, 9], "num_views": 4}
+    views, expected = augment(clips, TPAConfig(), **key, dtype=dtype), augment(clips, TPAConfig(), **key)
+    assert views.dtype == dtype
+    narrow = torch.promote_types(dtype, torch.float32) == torch.float32
+    # in float64 a crop's position no longer rounds: 1e-6 of a pixel, where neighbours differ by 4 at most
+    torch.testing.assert_close(views, expected.to(dtype), rtol=0, atol=0 if narrow else 2e-5)
+    assert views.movedim(2, -1).is_contiguous()
+
+
 def test_views_cycle_through_the_methods():
     config = TPAConfig()
     for view, moved in enumerate(["color", "cutout", "flip", "crop", "color", "cutout"]):
@@ -108,6 +163,13 @@ def test_crop_is_bilinear_between_pixel_centres():
     assert np.abs(view - 10 * x).max() < 1e-3
 
 
+def test_crop_is_of_the_flipped_frame():
+    clip = torch.randint(0, 256, (3, T, 12, SIZE), dtype=torch.uint8)
+    box = (0.1, 0.05, 0.7, 0.6)
+    expected = apply_view(clip.flip(-1), parameters(crop=box))
+    torch.testing.assert_close(apply_view(clip, parameters(flip=True, crop=box)), expected, rtol=0, atol=5e-5)
+
+
 def test_crop_boxes_keep_area_and_ratio():
     boxes = np.array([draw("crop", sample=i).crop[0] for i in range(500)])
     left, top, width, height = boxes.T
@@ -131,6 +193,18 @@ def test_cutout_covers_its_box_and_nothing_else():
     assert torch.equal(view[..., ~hole], normalise(still_clip())[..., ~hole])
     black = apply_view(still_clip(), parameters(cutout=(0.25, 0.5, 0.5, 0.25)), fill="black")
     assert np.abs(denormalise(black)[..., hole.numpy()]).max() < 1e-6
+
+
+def test_the_hole_holds_the_pixels_whose_centres_it_covers():
+    generator = np.random.default_rng(0)
+    start = np.concatenate([generator.uniform(0, 1, 400), np.arange(100) / 50, np.arange(100) / 100])
+    length = np.concatenate([generator.uniform(0, 0.5, 400), np.arange(200) % 7 / 50])
+    for size in (1, 25, 50, 64):
+        first, last = pixels_between(start, length, size)
+        centres = (np.arange(size) + 0.5) / size
+        inside = (centres >= start[:, None]) & (centres < (start + length)[:, None])
+        index = np.arange(size)
+        assert np.array_equal(inside, (index >= first[:, None]) & (index < last[:, None]))
 
 
 def test_cutout_area_is_within_its_range():
@@ -219,9 +293,14 @@ def test_rejects_wrong_configuration(fields, message):
         TPAConfig(**fields)
 
 
-def test_rejects_wrong_clip():
-    with pytest.raises(ValueError, match=r"clip must be uint8 \[3, 6, H, W\], got torch.float32"):
-        apply_view(torch.zeros(3, T, 8, 8), draw("flip"))
+def test_rejects_wrong_clips():
+    key = {"seed": 0, "epoch": 0, "num_views": 1}
+    with pytest.raises(TypeError, match=r"clips must be torch.uint8, got torch\.float32"):
+        augment(torch.zeros(1, 3, T, 8, 8), TPAConfig(), **key, samples=[0])
+    with pytest.raises(ValueError, match=r"clips must be \[B, 3, T, H, W\], got \[3, 6, 20, 20\]"):
+        augment(still_clip(), TPAConfig(), **key, samples=[0, 1, 2])
+    with pytest.raises(ValueError, match="samples must name 1 clips, got 2"):
+        augment(still_clip()[None], TPAConfig(), **key, samples=[0, 1])
 
 
 def test_normalise_takes_bytes_and_leaves_floats():
