@@ -1,9 +1,10 @@
 """Decodes one video for ``sdr.video`` in a process of its own, so that a hostile file can harm nothing else.
 
-Run as a script: ``python decode_worker.py JOB`` with the opened file's descriptor and the limits in JOB as JSON. It
-imports PyAV and the standard library only, so that it starts fast and small. Records go to standard output, each a
-RECORD head and its payload: one HEADER (JSON), FRAMES (a FRAME head, then rows of RGB bytes), one END (JSON); or one
-REFUSAL (JSON) in the place of whatever would have followed. FFmpeg logs its errors to standard error.
+Run as a script: ``python decode_worker.py JOB`` with the opened file's descriptor, the decoder and the limits in JOB as
+JSON. It imports PyAV and the standard library only, so that it starts fast and small; DALI's side of it stands in
+``decode_worker_dali.py`` and is imported where the job asks for it. Records go to standard output, each a RECORD head
+and its payload: one HEADER (JSON), FRAMES (a FRAME head, then rows of RGB bytes), one END (JSON); or one REFUSAL (JSON)
+in the place of whatever would have followed. FFmpeg logs its errors to standard error.
 """
 
 import gc
@@ -13,6 +14,7 @@ import resource
 import signal
 import struct
 import sys
+from types import ModuleType
 
 RECORD = struct.Struct("<cQ")  # kind, bytes of payload
 FRAME = struct.Struct("<dIIIB")  # seconds, width, height, bytes per row, orientation
@@ -27,7 +29,9 @@ MICROSECOND = 1_000_000  # a container's clock, ticks per second
 FPS_ASSUMED = 25  # steps the time where a file has neither timestamps nor a rate
 ALIGNED_EDGE = 128  # codecs pad a frame to whole blocks; the exact size is checked on each decoded frame
 
-INTERPOLATION = 0x2 | 0x40000 | 0x80000  # SWS_BILINEAR | ACCURATE_RND | BITEXACT: the same pixels on every processor
+# SWS_BILINEAR | FULL_CHR_H_INT | ACCURATE_RND | BITEXACT: the same pixels on every processor; without FULL_CHR_H_INT
+# tables round limited range down, by 1.7 steps on average
+INTERPOLATION = 0x2 | 0x2000 | 0x40000 | 0x80000
 UNSPECIFIED = 2  # AVCOL_SPC_UNSPECIFIED
 ITU709 = 1  # SWS_CS_ITU709
 HD_WIDTH, SD_HEIGHT = 1280, 576
@@ -67,27 +71,36 @@ class SharedFile:
 
 
 def confine(job: dict) -> None:
-    """Sets the limits of this process: memory, processor time, no core dump, no file longer than the log."""
-    seconds = int(job["seconds"] * CPU_PER_WAIT) + 1
-    for name, value in (("AS", job["memory"]), ("CPU", seconds), ("CORE", 0), ("FSIZE", LOG_BYTES)):
+    """Sets the limits of this process: memory, processor time, no core dump, no file longer than the log.
+
+    DALI's libraries alone fill most of an address space of 1 GiB: its side sets a limit on memory of another kind.
+    """
+    limits = {"CPU": int(job["seconds"] * CPU_PER_WAIT) + 1, "CORE": 0, "FSIZE": LOG_BYTES}
+    if job["decoder"] == "pyav":
+        limits["AS"] = job["memory"]
+    for name, value in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
 
 
-def open_container(fd: int, job: dict):
-    """The demuxer named in the job, on the descriptor and nothing else."""
+def open_nothing_more(later: int = 0) -> None:
+    """From here on the kernel opens nothing for this process; ``later``: descriptors that it may ask for again."""
     import av
     import av.subtitles.codeccontext  # PyAV imports these two late, when nothing can be opened any more
     import av.subtitles.stream
 
     av.logging.restore_default_callback()  # plain C: a log through Python can deadlock with the decoder's threads
     av.logging.set_libav_level(av.logging.ERROR)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # from here on the kernel opens nothing for this process
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, later))
+
+
+def open_container(file, job: dict, demuxer: str | None):
+    """The file object, by the named demuxer or by the one that its bytes suggest, and nothing else."""
+    import av
+
     options = {"protocol_whitelist": "", "enable_drefs": "0", "max_pixels": str(_padded_pixels(job))}
     try:
-        return av.open(
-            SharedFile(fd), format=job["demuxer"], options=options, metadata_errors="backslashreplace", io_open=_no_file
-        )
+        return av.open(file, format=demuxer, options=options, metadata_errors="backslashreplace", io_open=_no_file)
     except (av.FFmpegError, PermissionError) as error:
         _stop_without_memory(error)
         raise RefusedError(f"cannot be read as {job['demuxer']}: {error.strerror or error}", log=True) from None
@@ -290,7 +303,8 @@ def send_json(kind: bytes, record: dict) -> None:
 
 def decode(fd: int, job: dict) -> None:
     """Sends the whole video: HEADER, FRAMES, END. Raises RefusedError or MemoryError."""
-    container = open_container(fd, job)
+    open_nothing_more()
+    container = open_container(SharedFile(fd), job, job["demuxer"])
     stream = select_stream(container)
     header = {"demuxer": job["demuxer"], "log_bytes": os.fstat(2).st_size, **describe(container, stream, job)}
     decoder = Decoder(container, stream, job)
@@ -309,11 +323,21 @@ def decode(fd: int, job: dict) -> None:
     send_json(END, {name: getattr(decoder, name) for name in ("read", "corrupt", "failed", "stopped")})
 
 
+def decode_with_dali(fd: int, job: dict) -> None:
+    """As ``decode``, by DALI."""
+    package = ModuleType("sdr")  # stands for the real one, whose own module imports torch
+    package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
+    sys.modules |= {"sdr": package, "sdr.decode_worker": sys.modules[__name__]}
+    from sdr.decode_worker_dali import decode
+
+    decode(fd, job)
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     try:
         confine(job)
-        decode(job["fd"], job)
+        {"pyav": decode, "dali": decode_with_dali}[job["decoder"]](job["fd"], job)
     except RefusedError as refusal:
         send_json(REFUSAL, refusal.record)
     except MemoryError:

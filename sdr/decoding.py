@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
 
 from sdr import decode_worker
 from sdr.decode_worker import FRAME, RECORD
@@ -22,6 +25,9 @@ PIPE_BYTES = 1 << 20
 JSON_BYTES = 1 << 16  # the longest HEADER, END or REFUSAL that is believed
 LOG_LINE = 160  # characters of FFmpeg's log that a reason may quote
 MIB = 2**20
+
+DecoderName = Literal["pyav", "dali", "auto"]
+DECODERS = ("pyav", "dali", "auto")
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,10 @@ class Limits:
         max_pixels: width * height, as stored and as displayed.
         max_frames: frames of the video.
         seconds: total time this process waits for the decoder, over all passes.
-        memory: address space of the decoding process, bytes.
+        memory: of the decoding process, bytes. With PyAV its address space. With DALI, whose libraries and CUDA need
+            far more addresses than memory, the data it may write to, and 2 GiB more where CUDA runs; the file and one
+            window of decoded frames then take at most a quarter each. A GPU's own memory has no limit but
+            ``max_pixels``.
     """
 
     max_bytes: int = 2 * 2**30
@@ -57,7 +66,7 @@ REFUSAL_FIELDS = {"what": str, "hint": str, "log": bool}
 class Worker:
     """One decoding process and the pipe from it. Everything it sends is checked: it has read a hostile file."""
 
-    def __init__(self, path, fd: int, demuxer: str, limits: Limits, waited: float) -> None:
+    def __init__(self, path, fd: int, demuxer: str, limits: Limits, waited: float, decoder: str) -> None:
         self.path, self.limits, self.waited = path, limits, waited
         self.header: dict = {}
         self.end: dict = {}
@@ -65,6 +74,7 @@ class Worker:
         job = {
             "fd": fd,
             "demuxer": demuxer,
+            "decoder": decoder,
             "max_pixels": limits.max_pixels,
             "max_frames": limits.max_frames,
             "seconds": limits.seconds,
@@ -189,3 +199,10 @@ def _displayed(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation & decode_worker.FLIP_Y:
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)
+
+
+def why_no_dali(*, needs_gpu: bool) -> str:
+    """What this machine lacks for DALI, "" if nothing; ``needs_gpu``: its decoder for the CPU does not count."""
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        return "it is not installed: pip install 'sdr[dali-cu13]'"
+    return "no CUDA GPU" if needs_gpu and not torch.cuda.is_available() else ""

@@ -20,7 +20,7 @@ from sdr.errors import SDRError, escape
 from sdr.files import write_atomic
 from sdr.video import Video, sample_clips
 
-CACHE_FORMAT = 1  # to be raised when what is stored, or how faces are decoded, changes
+CACHE_FORMAT = 2  # to be raised when what is stored, or how faces are decoded, changes
 TEMPLATE_SIZE = 256  # pixels, side of the crop that TEMPLATE is given for
 TEMPLATE = np.array(  # left eye, right eye, nose, left and right mouth corner
     [(85.83, 85.78), (169.05, 84.34), (127.57, 137.00), (90.70, 174.70), (167.31, 173.37)]
@@ -180,6 +180,16 @@ def plan_clips(
     return plans
 
 
+def why_no_clip(frames: int, tracks: Sequence[Track], min_frames: int) -> str:
+    """One phrase: what keeps a readable video from giving a clip."""
+    if frames < min_frames:
+        return f"too few frames: {frames}, at least {min_frames} are needed"
+    if not tracks:
+        return f"no face in {frames} frames"
+    longest = max(len(track.boxes) for track in tracks)
+    return f"too few frames with a face: {longest} in a row at most, at least {min_frames} are needed"
+
+
 def warp_frame(frame: np.ndarray, transform: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
     """The crop of one frame, bilinear; black outside ``box`` and outside the frame.
 
@@ -292,7 +302,7 @@ def default_cache() -> Path:
 
 
 def _cache_key(video: Video, detector: Detector) -> str:
-    return hashlib.sha256(f"{CACHE_FORMAT}\n{video.sha256}\n{detector.name}".encode()).hexdigest()
+    return hashlib.sha256(f"{CACHE_FORMAT}\n{video.sha256}\n{detector.name}\n{video.decoder}".encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> np.ndarray:

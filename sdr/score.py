@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdr.config import TPAConfig, check, check_choice
-from sdr.decoding import Limits
+from sdr.decoding import DECODERS, Limits
 from sdr.detectors import Detector
 from sdr.errors import SDRError, escape
-from sdr.faces import cut_clips, detect_faces, plan_clips, track_faces
+from sdr.faces import cut_clips, detect_faces, plan_clips, track_faces, why_no_clip
 from sdr.fast import accelerate
 from sdr.ftcn import FTCN
 from sdr.model import SDRModel
@@ -41,6 +41,8 @@ class ScoreConfig:
         views: ``same`` gives every branch the same clip, ``tpa`` gives each its augmentation, drawn from ``seed``.
         seed: of ``views="tpa"``.
         allow_damaged: score what could be read of a damaged video, and say so, instead of calling it inconclusive.
+        decoder: ``pyav``; ``dali``, a GPU's video decoder where there is a GPU; ``auto``, DALI where there is a GPU
+            and it takes the file, else PyAV. See :func:`sdr.video.open_video`.
         limits: what a file may ask for.
     """
 
@@ -52,6 +54,7 @@ class ScoreConfig:
     views: Literal["same", "tpa"] = "same"
     seed: int = 0
     allow_damaged: bool = False
+    decoder: Literal["pyav", "dali", "auto"] = "pyav"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class ScoreConfig:
         check(0 < self.threshold < 1, "threshold", "lie between 0 and 1", self.threshold)
         check_choice("reduce", self.reduce, ("mean", "max"))
         check_choice("views", self.views, ("same", "tpa"))
+        check_choice("decoder", self.decoder, DECODERS)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class VideoScore:
         duration: of the video, in seconds.
         top_clip: frames of the highest clip, [T, S, S, 3] uint8.
         truth: known label, where the user gave one.
+        decoder: which one read the file, pyav or dali; empty where none could open it.
     """
 
     path: str
@@ -102,6 +107,7 @@ class VideoScore:
     duration: float = 0.0
     top_clip: np.ndarray | None = None
     truth: int | None = None
+    decoder: str = ""
 
     @property
     def label(self) -> int | None:
@@ -137,7 +143,7 @@ class Scorer:
         began = time.perf_counter()
         fields: dict = {"path": str(path), "truth": truth}
         try:
-            fields |= self._score(path, progress or (lambda what, share: None))
+            self._score(path, fields, progress or (lambda what, share: None))
         except SDRError as error:
             fields |= {"score": None, "state": "inconclusive", "reason": error.reason}
         except (
@@ -149,12 +155,13 @@ class Scorer:
             fields |= {"score": None, "state": "inconclusive", "reason": escape(cause)}
         return VideoScore(**fields, seconds=time.perf_counter() - began)
 
-    def _score(self, path: str | Path, progress: Progress) -> dict:
+    def _score(self, path: str | Path, fields: dict, progress: Progress) -> None:
+        """Fills in the fields of the result; ``decoder`` also where it then fails."""
         config, shape = self.config, self.model.config
         if os.path.isdir(path):
             raise SDRError(path, "no video in this folder")
-        with open_video(path, limits=config.limits) as video:
-            info = video.info
+        with open_video(path, limits=config.limits, decoder=config.decoder) as video:
+            info, fields["decoder"] = video.info, video.decoder
             expected = info.frames_declared or round(info.duration * info.fps) or config.limits.max_frames
             found = detect_faces(
                 video, self.detector, cache=self.cache, progress=lambda n: progress("faces", 0.6 * min(1, n / expected))
@@ -176,7 +183,7 @@ class Scorer:
                 cut, plans, found.times, progress=lambda n: progress("clips", 0.6 + 0.4 * n / len(plans))
             )
         score = reduce_scores(clips, config.reduce)
-        return {
+        fields |= {
             "score": score,
             "state": "fake" if score >= config.threshold else "real",
             "reason": f"damaged: {found.damage}" if found.damage else "",
@@ -233,16 +240,6 @@ class Scorer:
             return scores.tolist()
         half = len(clips) // 2
         return self.score_clips(clips[:half], samples[:half]) + self.score_clips(clips[half:], samples[half:])
-
-
-def why_no_clip(frames: int, tracks: Sequence, min_frames: int) -> str:
-    """One phrase: what kept a readable video from being scored."""
-    if frames < min_frames:
-        return f"too few frames: {frames}, at least {min_frames} are needed"
-    if not tracks:
-        return f"no face in {frames} frames"
-    longest = max(len(track.boxes) for track in tracks)
-    return f"too few frames with a face: {longest} in a row at most, at least {min_frames} are needed"
 
 
 def reduce_scores(clips: Sequence[ClipScore], reduce: str) -> float:

@@ -5,6 +5,7 @@ The file is opened once, here. Its first bytes choose the demuxer, never its nam
 
 import functools
 import hashlib
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sdr.containers import bytes_missing, demuxer_of
-from sdr.decoding import MIB, Limits, Worker
+from sdr.decoding import DECODERS, MIB, DecoderName, Limits, Worker, why_no_dali
 from sdr.errors import SDRError, escape
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class VideoInfo:
 
 
 class Video:
-    """An open video file; a context manager. Made by ``open_video``."""
+    """An open video file; a context manager. Made by ``open_video``. ``decoder``: which one runs, "pyav" or "dali"."""
 
-    def __init__(self, path: str | bytes | os.PathLike, fd: int, limits: Limits) -> None:
+    def __init__(self, path: str | bytes | os.PathLike, fd: int, limits: Limits, decoder: DecoderName) -> None:
         self.path, self.limits = path, limits
         self.frames_read = 0
         self.damage = ""
@@ -43,7 +46,11 @@ class Video:
         self._workers: list[Worker] = []
         self._demuxer = demuxer_of(path, fd)
         self._bytes_missing = bytes_missing(fd, self._demuxer)
-        self._ready: Worker | None = self._start()
+        self.decoder = "dali"
+        self._ready: Worker | None = None if decoder == "pyav" else self._try_dali(required=decoder == "dali")
+        if self._ready is None:
+            self.decoder = "pyav"
+            self._ready = self._start()
         self.info = VideoInfo(**self._ready.info)
 
     def __enter__(self) -> "Video":
@@ -98,10 +105,29 @@ class Video:
             raise ValueError(f"the video is closed: {escape(self.path)}")
         return self._fd
 
+    def _try_dali(self, *, required: bool) -> Worker | None:
+        """A worker that has read the header; without one None and a line in the log, or SDRError if required."""
+        missing = why_no_dali(needs_gpu=not required)
+        if missing and not required:
+            _say_once(missing)
+            return None
+        try:
+            if missing or self._bytes_missing:  # NVDEC would hide what is missing
+                damage = f"damaged: the file ends {self._bytes_missing} bytes too early"
+                raise SDRError(self.path, f"not decoded by DALI: {missing or damage}", "--decoder pyav")
+            worker = self._start()
+        except SDRError as error:
+            if required:
+                raise
+            logger.warning("%s is decoded by PyAV: %s", escape(self.path), error.what)
+            return None
+        logger.info("%s is decoded by DALI", escape(self.path))
+        return worker
+
     def _start(self) -> Worker:
         if _identity(self._open_fd()) != self._identity:
             raise SDRError(self.path, "changed while it was being read")
-        worker = Worker(self.path, self._fd, self._demuxer, self.limits, self._waited)
+        worker = Worker(self.path, self._fd, self._demuxer, self.limits, self._waited, self.decoder)
         self._workers.append(worker)
         try:
             worker.read_header()
@@ -131,23 +157,42 @@ class Video:
         return "; ".join(escape(text) for happened, text in parts if happened)
 
 
-def open_video(path: str | bytes | os.PathLike, *, limits: Limits | None = None) -> Video:
+def open_video(
+    path: str | bytes | os.PathLike, *, limits: Limits | None = None, decoder: DecoderName = "pyav"
+) -> Video:
     """Opens a video file and reads its header and first frame in a decoding process.
+
+    ``decoder="dali"`` takes a GPU's video decoder (NVDEC), without a GPU DALI's own for VP8, VP9 and MJPEG, and refuses
+    each file that DALI would show differently: colours other than BT.601, pixels that are not square, fields, damage.
+    Its frames are PyAV's but for the rounding of colours. Each pass starts DALI anew, which takes part of a second, and
+    seconds where CUDA starts with it. What NVDEC cannot decode inside a frame it paints over and does not report:
+    where damage must show, take PyAV.
 
     Args:
         path: a regular file or a link to one; mp4/mov, mkv/webm, avi, MPEG transport or program stream.
         limits: what it may cost, by default ``Limits()``.
+        decoder: ``pyav``; ``dali``; or ``auto``, DALI where there is a GPU and it takes the file, else PyAV.
+            ``Video.decoder`` says which one runs, the log why it is not DALI.
 
     Raises:
-        SDRError: not a readable regular file, not such a video, over a limit, or nothing in it can be decoded.
+        SDRError: not a readable regular file, not such a video, over a limit, nothing in it can be decoded, or
+            ``decoder="dali"`` and DALI is missing or refuses the file.
+        ValueError: no such decoder.
     """
+    if decoder not in DECODERS:
+        raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
     limits = limits or Limits()
     fd = _open_regular(path, limits)
     try:
-        return Video(path, fd, limits)
+        return Video(path, fd, limits, decoder)
     except BaseException:
         os.close(fd)
         raise
+
+
+@functools.cache  # once for this machine, not once per video
+def _say_once(missing: str) -> None:
+    logger.warning("videos are decoded by PyAV, not by DALI: %s", missing)
 
 
 def _open_regular(path, limits: Limits) -> int:

@@ -751,7 +751,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 def peak_memory(path) -> int:
     """Bytes that the decoding process of a whole pass had at most."""
     fd = os.open(path, os.O_RDONLY)
-    job = {"fd": fd, "demuxer": "mov", **vars(Limits())}
+    job = {"fd": fd, "demuxer": "mov", "decoder": "pyav", **vars(Limits())}
     command = [sys.executable, "-c", PEAK, str(fd), sys.executable, "-P", decode_worker.__file__, json.dumps(job)]
     done = subprocess.run(command, pass_fds=[fd], capture_output=True, text=True, check=True)
     os.close(fd)
