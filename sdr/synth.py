@@ -1,4 +1,4 @@
-"""Matched-marginals real and fake talking-face videos in FaceForensics++'s layout, for tests and the demo.
+"""Matched-marginals real and fake talking-face videos in a dataset's layout, for tests and the demo.
 
 Every video, real or fake, passes through the same perturbation of the inner face: a shift, a lighting ripple and a
 blend with another face, each with one parameter from a fixed distribution. A real video draws the parameters once; a
@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from sdr.datasets import SPLITS, SYNTH_METHODS, SYNTH_SETTINGS
 from sdr.errors import SDRError
-from sdr.files import make_folder, to_csv, write_atomic
+from sdr.files import make_folder, write_atomic
 from sdr.portraits import CARPHONE_FRAMES, CLEAR_FACES, PATCH, Base, Role, base_video, grid, invert, smooth, transform
+from sdr.synth_layouts import DEFAULT_CRF, LAYOUTS, Film, frame_files, id_pairs, plan_films, split_files, video_list
 
 VARYING = {  # which parameters of a forgery are drawn anew for every frame
     "ShiftJitter": ("shift",),
@@ -34,7 +36,7 @@ VARYING = {  # which parameters of a forgery are drawn anew for every frame
 MAX_IDENTITIES = len(CLEAR_FACES) + 2  # with carphone and astronaut
 MIN_IDENTITIES = 8  # two ids in each split, and the talking face's three windows never paired with each other
 VAL_TEST_SHARES = (0.15, 0.25)  # the rest is trained on
-CSV_FIELDS = ("path", "label", "split", "method", "identity")
+MASK_CRF = 10  # of the masks' videos, whose smooth edges need few bits
 FORMAT = 1  # part of a folder's settings: raise it when the same seed gives other videos
 
 DETAIL = 10.0  # wavelength below which the face's texture is what the shift and the blend act on
@@ -124,6 +126,13 @@ def perturb(patches: np.ndarray, donor: np.ndarray, parameters: Perturbation) ->
     return (mask * (shifted - face + GAIN * moment(patches) * ripple)).astype(np.float32)
 
 
+def mask_frames(base: Base) -> Iterator[np.ndarray]:
+    """Where ``base`` is perturbed: the inner face's mask at the head's pose in each frame, [S, S] uint8, 255 = all."""
+    size, mask = base.frames.shape[1], inner_mask().astype(np.float32)
+    for inverse in invert(base.poses):
+        yield np.clip(255 * transform(mask, inverse, size) + 0.5, 0, 255).astype(np.uint8)
+
+
 def _apply(base: Base, delta: np.ndarray) -> Iterator[np.ndarray]:
     """The base's frames with ``delta`` [T, PATCH, PATCH] added to the inner face, each [S, S, 3] uint8."""
     size = base.frames.shape[1]
@@ -137,7 +146,7 @@ def _apply(base: Base, delta: np.ndarray) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``synthesize`` wrote: the folder, the number of real and fake files, and the ids of each split."""
+    """What ``synthesize`` wrote: the folder, the number of real and fake videos, and the ids of each split."""
 
     out: Path
     real: int
@@ -146,7 +155,7 @@ class Summary:
 
 
 def encode(frames: Sequence[np.ndarray], *, fps: int, crf: int) -> bytes:
-    """An mp4 (H.264, every frame coded by itself) of [H, W, 3] uint8 frames; the same bytes every time."""
+    """An mp4 (H.264, every frame coded by itself) of uint8 frames, [H, W, 3] or [H, W]; the same bytes every time."""
     import av
 
     # A predicted frame's quality depends on how much moved: coded so, a single frame would tell a forgery.
@@ -156,10 +165,11 @@ def encode(frames: Sequence[np.ndarray], *, fps: int, crf: int) -> bytes:
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
+        grey = frames[0].ndim == 2
+        stream.pix_fmt = "gray" if grey else "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray" if grey else "rgb24")))
         container.mux(stream.encode(None))
     return file.getvalue()
 
@@ -175,19 +185,11 @@ def _cast(identities: int, frames: int, seed: int) -> list[Role]:
     return [Role(*role) for role in zip(names, starts, splits, strict=True)]
 
 
-def _pairs(roles: Sequence[Role]) -> dict[str, list[tuple[str, str]]]:
-    """Per split, the id pairs that swap faces: half of the split with its other half, never an identity with itself."""
-    pairs = {}
-    for split in SPLITS:
-        ids = [f"{i:03d}" for i, role in enumerate(roles) if role.split == split]
-        half = len(ids) // 2
-        pairs[split] = list(zip(ids[:half], ids[half:], strict=True))
-    return pairs
-
-
 def _check(settings: dict, workers: int | None) -> None:
     """Raise ValueError for the first argument of ``synthesize`` that breaks its rule."""
-    crf, methods = settings["crf"], settings["methods"]
+    crf, methods, layout = settings["crf"], settings["methods"], settings["layout"]
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     even = {"identities": (MIN_IDENTITIES, MAX_IDENTITIES), "size": (64, 1024)}
     for name, (low, high) in {**even, "frames": (1, CARPHONE_FRAMES), "fps": (1, 120)}.items():
         value = settings[name]
@@ -195,6 +197,8 @@ def _check(settings: dict, workers: int | None) -> None:
             raise ValueError(f"{name} must be {'even and ' if name in even else ''}in {low}..{high}, got {value}")
     if not crf or len(set(crf)) != len(crf) or not all(0 <= c <= 51 for c in crf):
         raise ValueError(f"crf must be different values in 0..51, got {crf}")
+    if layout != "ffpp" and len(crf) > 1:
+        raise ValueError(f"crf must be one value, {layout} has no folders of compression, got {crf}")
     if not methods or len(set(methods)) != len(methods) or not set(methods) <= set(SYNTH_METHODS):
         raise ValueError(f"methods must be different ones of {SYNTH_METHODS}, got {methods}")
     if settings["seed"] < 0:
@@ -216,90 +220,88 @@ def _claim(out: Path, settings: dict) -> None:
     write_atomic(stamp, text)
 
 
-def _paths(name: str, method: str | None, crf: Sequence[int]) -> Iterator[tuple[int, str]]:
-    folder = f"manipulated_sequences/{method}" if method else "original_sequences/youtube"
-    return ((c, f"{folder}/c{c}/videos/{name}.mp4") for c in crf)
-
-
-def _make(number: int, donor_number: int, *, roles: Sequence[Role], settings: dict) -> list[tuple[str, bytes]]:
+def _make(films: Sequence[Film], *, roles: Sequence[Role], settings: dict) -> list[tuple[str, bytes]]:
     """The real video of one id and its forgeries with the donor's face: path and content of each file."""
-    frames, size, fps, seed = (settings[key] for key in ("frames", "size", "fps", "seed"))
+    frames, size, fps, seed, layout = (settings[key] for key in ("frames", "size", "fps", "seed", "layout"))
+    number, donor_number = films[0].number, films[0].donor
     base = base_video(roles[number], frames, size, fps, np.random.default_rng([seed, 1, number]))
     # the donor's face as in the first frame of its own video; a real video has a donor, too
     donor = _patches(base_video(roles[donor_number], 1, size, fps, np.random.default_rng([seed, 1, donor_number])))[0]
     patches = _patches(base)
-    files = []
-    for method in (None, *settings["methods"]):
-        stream = 0 if method is None else 1 + SYNTH_METHODS.index(method)  # independent of which methods were chosen
-        parameters = draw_perturbation(method, frames, np.random.default_rng([seed, 2, number, stream]))
+    files = {}
+    for forgery, same in groupby(films, key=lambda film: film.forgery):
+        stream = 0 if forgery is None else 1 + SYNTH_METHODS.index(forgery)  # independent of which methods were chosen
+        parameters = draw_perturbation(forgery, frames, np.random.default_rng([seed, 2, number, stream]))
         video = list(_apply(base, perturb(patches, donor, parameters)))
-        name = f"{number:03d}" if method is None else f"{number:03d}_{donor_number:03d}"
-        files += [(path, encode(video, fps=fps, crf=crf)) for crf, path in _paths(name, method, settings["crf"])]
-    return files
-
-
-def _rows(roles: Sequence[Role], pairs: dict, settings: dict) -> Iterator[dict]:
-    """The lines of videos.csv: every real video, then the forgeries by method."""
-    partner = {a: b for split in pairs.values() for pair in split for a, b in (pair, pair[::-1])}
-    for method in (None, *settings["methods"]):
-        for number, role in enumerate(roles):
-            name = f"{number:03d}"
-            name = f"{name}_{partner[name]}" if method else name
-            for _, path in _paths(name, method, settings["crf"]):
-                values = (path, int(method is not None), role.split, method or "real", role.identity)
-                yield dict(zip(CSV_FIELDS, values, strict=True))
+        for film in same:
+            if layout == "deepfakebench":
+                files |= frame_files(film.path, video)
+            else:
+                files[film.path] = encode(video, fps=fps, crf=film.crf)
+    masks = {film.mask for film in films if film.mask}
+    if masks:
+        files |= dict.fromkeys(sorted(masks), encode(list(mask_frames(base)), fps=fps, crf=MASK_CRF))
+    return list(files.items())
 
 
 def synthesize(
     out: str | os.PathLike,
     *,
+    layout: Literal["ffpp", "celebdf", "dfdc", "deepfakebench"] = "ffpp",
     identities: int = 40,
     frames: int = 40,
     size: int = 160,
     fps: int = 25,
-    crf: Sequence[int] = (23, 40),
+    crf: Sequence[int] | None = None,
     methods: Sequence[str] = SYNTH_METHODS,
     seed: int = 0,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Summary:
-    """Write matched-marginals videos to ``out``: FaceForensics++'s folders, its three split files and ``videos.csv``.
+    """Write matched-marginals videos to ``out``: a dataset's folders and split files, and ``videos.csv``.
 
     Each identity gives one real video (the talking face gives three if they are short enough) and, per method, one fake
-    with the face of its partner in the same split. The same arguments write the same bytes.
+    with the face of its partner in the same split. The same arguments write the same bytes, and the same videos in
+    every layout. Celeb-DF-v2 has no validation split: there those videos are trained on.
 
     Args:
         out: a new or empty folder, or one that the same settings wrote; anything else raises SDRError.
+        layout: ffpp (FaceForensics++, with videos of the forgeries' masks), celebdf (Celeb-DF-v2), dfdc, or
+            deepfakebench (PNG frames and their JSON).
         identities: even number of source faces, 8..64.
         frames: frames of each video.
         size: width and height in pixels, even.
-        crf: H.264 quality factors; each becomes a folder ``c23``, ``c40``...
+        crf: H.264 quality factors, 23 and 40 by default; each becomes a folder ``c23``, ``c40``... The other layouts
+            have no such folders and take one, 23 by default; deepfakebench's frames are not coded, whatever it is.
         methods: forgery types: ShiftJitter, GainFlicker, BlendFlicker, FullJitter.
         workers: threads; None takes the machine's cores.
-        progress: called with (files written, files in all).
+        progress: called with (videos written, videos in all).
     """
     out = Path(out)
-    settings = {"format": FORMAT, "identities": identities, "frames": frames, "size": size, "fps": fps}
-    settings |= {"crf": list(crf), "methods": list(methods), "seed": seed}
+    settings = {"format": FORMAT, "layout": layout, "identities": identities, "frames": frames, "size": size}
+    crf = DEFAULT_CRF.get(layout, ()) if crf is None else crf
+    settings |= {"fps": fps, "crf": list(crf), "methods": list(methods), "seed": seed}
     _check(settings, workers)
     roles = _cast(identities, frames, seed)
-    pairs = _pairs(roles)
+    pairs = id_pairs(roles)
+    films = plan_films(layout, roles, pairs, settings)
     _claim(out, settings)
-    jobs = [(int(a), int(b)) for split in pairs.values() for pair in split for a, b in (pair, pair[::-1])]
-    total = len(jobs) * (1 + len(methods)) * len(crf)
+    jobs = [[film for film in films if film.number == number] for number in range(len(roles))]
     make = partial(_make, roles=roles, settings=settings)
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
-        for done, files in enumerate(pool.map(make, *zip(*jobs, strict=True)), 1):
+        for done, files in enumerate(pool.map(make, jobs), 1):
             for path, data in files:
                 make_folder((out / path).parent)
                 write_atomic(out / path, data)
-            progress(done * len(files), total)
+            progress(done * len(films) // len(roles), len(films))
     finally:
         pool.shutdown(cancel_futures=True)
-    make_folder(out / "splits")
-    for split, content in pairs.items():
-        write_atomic(out / "splits" / f"{split}.json", json.dumps(content, indent=1) + "\n")
-    write_atomic(out / "videos.csv", to_csv(_rows(roles, pairs, settings), CSV_FIELDS))
-    splits = {s: [f"{i:03d}" for i, role in enumerate(roles) if role.split == s] for s in SPLITS}
-    return Summary(out, len(roles) * len(crf), total - len(roles) * len(crf), splits)
+    for path, text in split_files(layout, films, pairs, frames).items():
+        make_folder((out / path).parent)
+        write_atomic(out / path, text)
+    write_atomic(out / "videos.csv", video_list(films))
+    homes = {film.number: film.split for film in films}
+    splits = {s: [f"{i:03d}" for i in range(len(roles)) if homes[i] == s] for s in SPLITS}
+    fake = sum(film.label for film in films)
+    return Summary(out, len(films) - fake, fake, splits)

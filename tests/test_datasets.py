@@ -1,62 +1,24 @@
-"""FaceForensics++'s layout, split files and label lists."""
+"""Records, label lists, and reading the files that list videos."""
 
 import json
+import os
 
 import pytest
 
 from sdr import SDRError
-from sdr.datasets import Record, check_identities, ffpp_records, read_labels
-
-PAIRS = {"train": [["000", "003"]], "val": [["001", "002"]], "test": [["004", "005"]]}
+from sdr.datasets import in_two_splits, is_path, read_json, read_labels, read_regular, read_table, shorten
 
 
-@pytest.fixture
-def root(tmp_path):
-    (tmp_path / "splits").mkdir()
-    for split, pairs in PAIRS.items():
-        (tmp_path / "splits" / f"{split}.json").write_text(json.dumps(pairs))
-        for a, b in pairs:
-            for name in (
-                *(f"original_sequences/youtube/c23/videos/{i}.mp4" for i in (a, b)),
-                *(f"manipulated_sequences/{m}/c23/videos/{i}_{j}.mp4" for m in "AB" for i, j in ((a, b), (b, a))),
-            ):
-                path = tmp_path / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(b"")
-    return tmp_path
+def test_what_is_in_two_splits_is_named_once():
+    rows = [("identity 7", "train", "a"), ("identity 8", "train", "b"), ("identity 7", "test", "c")]
+    assert list(in_two_splits([*rows, ("identity 7", "test", "d"), ("identity 8", "train", "e")])) == [
+        "identity 7 is in test (c) and train (a)"
+    ]
 
 
-def test_records(root):
-    records = ffpp_records(root, methods=["A", "B"])
-    assert len(records) == 3 * (2 + 2 * 2)
-    fake = next(r for r in records if r.path.name == "003_000.mp4" and r.method == "B")
-    assert fake == Record(root / "manipulated_sequences/B/c23/videos/003_000.mp4", 1, "train", "B", "003")
-    assert {(r.label, r.method) for r in records} == {(0, "real"), (1, "A"), (1, "B")}
-    assert {r.split for r in records if r.identity in ("004", "005")} == {"test"}
-    assert {r.method for r in ffpp_records(root, methods=["A"])} == {"real", "A"}
-    check_identities(records)
-
-
-def test_missing_parts_are_named(root):
-    (root / "manipulated_sequences/A/c23/videos/003_000.mp4").unlink()
-    with pytest.raises(SDRError, match=r"1 videos of the split files are missing, first 003_000\.mp4"):
-        ffpp_records(root, methods=["A"])
-    with pytest.raises(SDRError, match="no such folder"):
-        ffpp_records(root, methods=["C"])
-    (root / "splits/val.json").write_text("[1, 2]")
-    with pytest.raises(SDRError, match=r"val\.json: is not a JSON list of id pairs"):
-        ffpp_records(root)
-    (root / "splits/val.json").unlink()
-    with pytest.raises(SDRError, match=r"val\.json: no such split file"):
-        ffpp_records(root)
-    with pytest.raises(SDRError, match="is not in FaceForensics"):
-        ffpp_records(root / "splits")
-
-
-def test_identity_in_two_splits_is_refused(tmp_path):
-    records = [Record(tmp_path / "a", 0, "train", "real", "7"), Record(tmp_path / "b", 1, "test", "A", "7")]
-    with pytest.raises(SDRError, match="identity 7 is in both train and test"):
-        check_identities(records)
+def test_an_identity_cannot_forge_a_line():
+    (line,) = in_two_splits([("identity 7\nall fine", split, "a\n") for split in ("train", "val")])
+    assert "\n" not in line
 
 
 def test_labels(tmp_path):
@@ -77,6 +39,11 @@ def test_labels(tmp_path):
         ("path,label\na.mp4\n", "line 2 must hold a path and the label 0 or 1, got 'a.mp4' and None"),
         ("path,label\na.mp4,1\n./a.mp4,0\n", r"line 3 contradicts an earlier label of \./a\.mp4"),
         ("file,label\na.mp4,1\n", "has no column path"),
+        ("path,label,path\na.mp4,1,b.mp4\n", "has two columns of one name"),
+        ("path,label\na\0.mp4,1\n", r"line 2 must hold a path and the label 0 or 1, got 'a\\x00\.mp4' and '1'"),
+        (f"path,label\n{'a' * 300},1\n", r"line 2 must hold .* got 'a{77}'\.\.\. and '1'"),
+        ('path,label\n"a\n.mp4",1\n"a\n.mp4",0\n', r"line 5 contradicts an earlier label of a\\n\.mp4"),
+        pytest.param(f"path,label\n{'a' * 200_000},1\n", "is not CSV: field larger than field limit", id="long field"),
         ("", "has no column path and no column label"),
     ],
 )
@@ -89,14 +56,68 @@ def test_wrong_labels_are_one_line(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ['{"ab": 1}', '["ab"]', "[" * 100_000, "[[1]]", ""], ids=lambda t: t[:9])
-def test_wrong_split_files_are_one_line(root, text):
-    (root / "splits/val.json").write_text(text)
-    with pytest.raises(SDRError, match=r"val\.json: is not a JSON list of id pairs$"):
-        ffpp_records(root, methods=["A", "B"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": 1', "is not JSON: Expecting"),
+        (b"", "is not JSON: Expecting value"),
+        (b"[" * 100_000, "is not JSON: maximum recursion depth exceeded"),
+        (b"9" * 5000, "is not JSON: Exceeds the limit"),
+        (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}', "names 'c' twice"),
+        (b'{"\xff": 1}', "is not UTF-8 text"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_wrong_json_is_one_line(tmp_path, data, message):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(SDRError, match=message) as error:
+        read_json(tmp_path / "x.json")
+    assert str(error.value).startswith(f"{tmp_path}/x.json: ")
+    assert "\n" not in str(error.value)
 
 
-def test_default_methods_are_the_known_ones(root):
-    """FaceForensics++'s download also holds DeepFakeDetection, whose files are named otherwise."""
-    (root / "manipulated_sequences/A").rename(root / "manipulated_sequences/FaceSwap")
-    assert {r.method for r in ffpp_records(root)} == {"real", "FaceSwap"}
+def test_json_and_tables_are_read(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": [1, None, "\u00fc"]}).encode())
+    assert read_json(tmp_path / "x.json") == {"a": [1, None, "\u00fc"]}
+    (tmp_path / "x.csv").write_text('a,b\n1,2\n\n"3\n4",5\n')
+    assert list(read_table(tmp_path / "x.csv", ("a",))) == [(2, {"a": "1", "b": "2"}), (5, {"a": "3\n4", "b": "5"})]
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path):
+    (tmp_path / "ten").write_bytes(b"0123456789")
+    assert read_regular(tmp_path / "ten", 10) == b"0123456789"
+    with pytest.raises(SDRError, match="ten: is larger than 9 bytes"):
+        read_regular(tmp_path / "ten", 9)
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("pipe", "not a regular file"), (".", "not a regular file"), ("no", "No such file")):
+        with pytest.raises(SDRError, match=message):
+            read_regular(tmp_path / name)
+    with pytest.raises(SDRError, match="cannot be read: embedded null"):
+        read_regular(f"{tmp_path}/a\0b")
+
+
+@pytest.mark.parametrize("text", ["a", "/a/b", "../a", "a" * 255, "/".join("ab" * 500), "\udcff", " "], ids=ascii)
+def test_is_path_takes_what_a_file_system_takes(tmp_path, text):
+    assert is_path(text)
+    os.path.lexists(tmp_path / text)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a\0", "a" * 256, "\u00fc" * 128, "a/" * 2000, "\ud800", None, 3, ["a"]], ids=ascii
+)
+def test_is_path_refuses_what_raises(text):
+    assert not is_path(text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a\n\x1b[0m", r"'a\n\x1b[0m'"),
+        ("x" * 81, f"'{'x' * 77}'..."),
+        (None, "None"),
+        ([1], "a list"),
+        ({}, "an object"),
+    ],
+)
+def test_quoted_values_are_one_short_line(value, text):
+    assert shorten(value) == text

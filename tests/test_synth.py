@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,17 @@ def all_files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def decode(data: bytes) -> np.ndarray:
-    """[T, H, W, 3] uint8"""
+def videos(folder: Path) -> list[str]:
+    """Names of the videos, masks left out."""
+    return [n for n in all_files(folder) if n.endswith(".mp4") and "/masks/" not in n]
+
+
+def decode(data: bytes, form: str = "rgb24") -> np.ndarray:
+    """[T, H, W, 3] uint8, or [T, H, W] grey"""
     import av
 
     with av.open(io.BytesIO(data)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([frame.to_ndarray(format=form) for frame in container.decode(video=0)])
 
 
 def ks_distance(sample: np.ndarray, cdf) -> float:
@@ -64,6 +70,9 @@ def test_layout_is_faceforensics(written):
     for a, b in pairs:
         for name in (f"{a}_{b}", f"{b}_{a}"):
             names |= {f"manipulated_sequences/{m}/c{c}/videos/{name}.mp4" for m in SYNTH_METHODS for c in (23, 40)}
+        names |= {
+            f"manipulated_sequences/{m}/masks/videos/{i}_{j}.mp4" for m in SYNTH_METHODS for i, j in ((a, b), (b, a))
+        }
     assert {n for n in all_files(written) if n.endswith(".mp4")} == names
     assert {p.name for p in written.iterdir()} == {
         "original_sequences", "manipulated_sequences", "splits", "videos.csv", "synth.json",
@@ -87,7 +96,7 @@ def test_no_identity_is_in_two_splits_or_swapped_with_itself(written):
 
 def test_csv_lists_every_video_once(written):
     rows = read_csv(written)
-    assert sorted(row["path"] for row in rows) == sorted(n for n in all_files(written) if n.endswith(".mp4"))
+    assert sorted(row["path"] for row in rows) == sorted(videos(written))
     for row in rows:
         fake = row["path"].startswith("manipulated_sequences/")
         assert row["label"] == str(int(fake))
@@ -106,7 +115,7 @@ def test_summary_and_progress_count_files(tmp_path):
     assert (summary.real, summary.fake) == (10, 10)
     assert [len(summary.splits[s]) for s in ("train", "val", "test")] == [6, 2, 2]
     assert calls == [(2 * i, 20) for i in range(1, 11)]
-    assert len(list((tmp_path / "v").rglob("*.mp4"))) == 20
+    assert len(videos(tmp_path / "v")) == 20
 
 
 def test_videos_are_what_was_asked_for(written):
@@ -177,6 +186,9 @@ def test_rejects_file_as_folder(tmp_path):
         ({"crf": (23, 23)}, "crf must be different"),
         ({"crf": (52,)}, "crf must be"),
         ({"methods": ("Deepfakes",)}, "methods must be"),
+        ({"layout": "kodf"}, "layout must be one of ffpp, celebdf, dfdc, deepfakebench, got 'kodf'"),
+        ({"layout": "dfdc", "crf": (23, 40)}, "crf must be one value, dfdc has no folders of compression"),
+        ({"layout": "deepfakebench", "crf": ()}, "crf must be different values"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
     ],
@@ -186,6 +198,135 @@ def test_rejects_arguments(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         synthesize(tmp_path / "v", **SMALL | change)
     assert not (tmp_path / "v").exists()
+
+
+def within(mask: np.ndarray, pixels: int) -> np.ndarray:
+    """Where some pixel no further than that, across or down, is not 0; [T, H, W] bool."""
+    steps = range(-pixels, pixels + 1)
+    return np.any([np.roll(mask, (y, x), (1, 2)) for y in steps for x in steps], axis=0)
+
+
+def test_masks_are_where_a_forgery_differs(tmp_path):
+    """With crf 0 the luma is coded without loss: away from its mask a fake is its real video, but for rounding."""
+    settings = SMALL | {"frames": 6, "fps": 2}  # in 3 seconds a head moves
+    synthesize(tmp_path, **settings, methods=("FullJitter",), crf=(0,))
+    moved = 0
+    for name in (n for n in videos(tmp_path) if n.startswith("manipulated")):
+        real = f"original_sequences/youtube/c0/videos/{Path(name).stem.split('_')[0]}.mp4"
+        mask = decode((tmp_path / name.replace("/c0/", "/masks/")).read_bytes(), "gray")
+        luma = [decode((tmp_path / n).read_bytes(), "gray").astype(int) for n in (real, name)]
+        change = np.abs(luma[0] - luma[1])
+        assert mask.shape == change.shape == (6, 96, 96)
+        near = within(mask, 3)  # a cubic filter rings, and the codec drops what is faint
+        assert change[~near].max() <= 1
+        assert change[mask > 250].mean() > 2
+        assert 0.02 < (mask > 250).mean() < near.mean() < 0.5
+        moved += change[1:][:, ~near[0]].max() > 1
+    assert moved > 3  # a mask that stood still would not do
+
+
+def test_masks_are_one_file_for_all_compressions(written):
+    masks = [n for n in all_files(written) if "/masks/" in n]
+    assert len(masks) == 10 * len(SYNTH_METHODS)
+    assert len({all_files(written)[n] for n in masks}) == 10
+
+
+# --- other layouts ---
+
+
+@pytest.fixture(scope="module", params=["celebdf", "dfdc", "deepfakebench"])
+def other(request, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("synth") / request.param
+    synthesize(out, layout=request.param, **SMALL)
+    return out
+
+
+def test_every_layout_holds_the_same_videos(written, other):
+    faceforensics = read_csv(written)
+    contents = {(written / r["path"]).read_bytes() for r in faceforensics if "/c23/" in r["path"]}
+    rows = read_csv(other)
+    assert len(rows) == len(contents) == 50
+    if other.name == "deepfakebench":
+        from PIL import Image
+
+        row = next(r for r in rows if r["path"].endswith("/008_009") and r["method"] == "GainFlicker")
+        names = sorted(p.name for p in (other / row["path"]).iterdir())
+        assert names == ["000.png", "001.png", "002.png", "003.png"]
+        frames = np.stack([np.asarray(Image.open(other / row["path"] / name)) for name in names]).astype(float)
+        coded = decode((written / "manipulated_sequences/GainFlicker/c23/videos/008_009.mp4").read_bytes())
+        noise = ((frames - coded) ** 2).mean()
+        assert 0.1 < noise < 60  # another video's differs by thousands
+    else:
+        assert {(other / row["path"]).read_bytes() for row in rows} == contents
+    expected = sorted((r["identity"], r["label"]) for r in faceforensics if "/c23/" in r["path"])
+    assert sorted((row["identity"], row["label"]) for row in rows) == expected
+
+
+def test_same_settings_same_bytes_in_every_layout(other, tmp_path):
+    synthesize(tmp_path / "again", layout=other.name, **SMALL, workers=1)
+    assert all_files(tmp_path / "again") == all_files(other)
+    with pytest.raises(SDRError, match="other settings"):
+        synthesize(other, layout="ffpp", **SMALL)
+
+
+def test_celebdf_names_and_list(tmp_path):
+    summary = synthesize(tmp_path, layout="celebdf", **SMALL, methods=("BlendFlicker", "ShiftJitter"))
+    assert (summary.real, summary.fake) == (10, 20)
+    assert [len(summary.splits[s]) for s in ("train", "val", "test")] == [8, 0, 2]
+    rows = read_csv(tmp_path)
+    names = {row["path"]: row for row in rows}
+    folders = {path.split("/")[0] for path in names}
+    assert folders == {"Celeb-real", "YouTube-real", "Celeb-synthesis"}
+    assert {p.name for p in tmp_path.iterdir()} == folders | {"List_of_testing_videos.txt", "videos.csv", "synth.json"}
+    persons = {}
+    for path, row in names.items():
+        if not path.startswith("YouTube-real/"):
+            assert re.fullmatch(r"Celeb-real/id\d+_\d{4}\.mp4|Celeb-synthesis/id\d+_id\d+_\d{4}\.mp4", path)
+            persons.setdefault(Path(path).stem.split("_")[0], set()).add(row["identity"])
+    assert all(len(identities) == 1 for identities in persons.values())
+    takes = {p: sorted(n[-8:-4] for n in names if n.startswith(f"Celeb-real/{p}_")) for p in persons}
+    assert takes["id0"] == ["0000", "0004", "0008"]  # carphone's; each take has room for four forgeries
+    assert {n[-8:-4] for n in names if n.startswith("Celeb-synthesis/id0_")} == {
+        "0000",
+        "0002",
+        "0004",
+        "0006",
+        "0008",
+        "0010",
+    }
+    lines = (tmp_path / "List_of_testing_videos.txt").read_text().splitlines()
+    assert sorted(lines) == sorted(f"{1 - int(r['label'])} {r['path']}" for r in rows if r["split"] == "test")
+    assert len(lines) == 6
+
+
+def test_dfdc_parts_and_originals(tmp_path):
+    synthesize(tmp_path, layout="dfdc", **SMALL)
+    parts = ["dfdc_train_part_0", "dfdc_train_part_1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*parts, "synth.json", "videos.csv"]
+    rows = {row["path"]: row for row in read_csv(tmp_path)}
+    assert len({Path(path).name for path in rows}) == len(rows) == 50
+    assert all(re.fullmatch(r"dfdc_train_part_[01]/[a-z]{10}\.mp4", path) for path in rows)
+    seen = 0
+    for part in parts:
+        entries = json.loads((tmp_path / part / "metadata.json").read_text())
+        for name, entry in entries.items():
+            row = rows[f"{part}/{name}"]
+            assert entry["label"] == ("FAKE" if row["label"] == "1" else "REAL")
+            assert entry["split"] == row["split"]
+            assert ("original" in entry) == (row["label"] == "1")
+            if "original" in entry:
+                assert entries[entry["original"]]["label"] == "REAL"
+                assert rows[f"{part}/{entry['original']}"]["identity"] == row["identity"]
+        seen += len(entries)
+    assert seen == 50
+
+
+def test_crf_is_asked_for_once(tmp_path):
+    synthesize(tmp_path / "v", layout="dfdc", **SMALL | {"frames": 1}, crf=(40,), methods=("GainFlicker",))
+    assert json.loads((tmp_path / "v/synth.json").read_text())["crf"] == [40]
+    synthesize(tmp_path / "w", layout="dfdc", **SMALL | {"frames": 1}, methods=("GainFlicker",))
+    assert json.loads((tmp_path / "w/synth.json").read_text())["crf"] == [23]
+    assert all(all_files(tmp_path / "v")[n] != all_files(tmp_path / "w")[n] for n in videos(tmp_path / "v"))
 
 
 # --- matched marginals ---
@@ -342,7 +483,9 @@ def test_a_face_is_found_in_nearly_every_frame(tmp_path):
     synthesize(tmp_path / "v", identities=20, frames=3, methods=("ShiftJitter", "FullJitter"))
     detector = load_detector("centerface")
     found = [
-        len(detector(frame).scores) > 0 for p in (tmp_path / "v").rglob("*.mp4") for frame in decode(p.read_bytes())
+        len(detector(frame).scores) > 0
+        for n in videos(tmp_path / "v")
+        for frame in decode((tmp_path / "v" / n).read_bytes())
     ]
     assert len(found) == 22 * 3 * 2 * 3
     assert np.mean(found) >= 0.95
