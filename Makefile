@@ -4,7 +4,7 @@ VENV ?= .venv
 DEMO ?= demo
 BENCH ?= --benchmark
 BIN := $(VENV)/bin
-EXTRAS := faces,report,train,dev
+EXTRAS := faces,prepare,report,train,dev
 TRAIN := --preset tiny --epochs 8 --lr 0.003
 
 # idle threads sleep: on a shared machine waiting in a loop can cost several times the work
@@ -18,15 +18,16 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt sdr_ke
 	touch $@
 
 define train_and_score
-	$(BIN)/sdr train --data $(DEMO)/data --out $(DEMO)/$(1)model $(TRAIN) $(2)
+	$(BIN)/sdr train --data $(DEMO)/clips --out $(DEMO)/$(1)model $(TRAIN) $(2)
 	$(BIN)/sdr score $(DEMO)/data --truth $(DEMO)/data/videos.csv --split test \
 		--weights $(DEMO)/$(1)model/model.safetensors --out $(DEMO)/$(1)report
 endef
 
-# synthesise, train tiny, score the held-out identities, write the report
+# synthesise, cut clips, train tiny, score the held-out identities, write the report
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
 	$(BIN)/sdr synth $(DEMO)/data --crf '[23]'
+	$(BIN)/sdr prepare $(DEMO)/data --layout ffpp --out $(DEMO)/clips --size 64
 	$(call train_and_score,)
 
 # the same with temporal kernels of 1: must not tell real from fake

@@ -4,28 +4,33 @@ import csv
 import io
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from sdr.errors import SDRError
 
+TEMPORARY = ".tmp"  # ends the name of a file that is not yet whole
 
-def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write ``data`` to ``path``: a temporary file beside it, fsync, rename, fsync of the folder.
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A file to write ``path``'s content to, there once the block ends well: temporary file beside it, fsync, rename.
 
     Raises:
-        SDRError: the folder is missing, full or not writable, or ``path`` is something other than a regular file.
+        SDRError: the folder is missing, full or not writable, or ``path`` is something other than a regular file; its
+            ``file`` is ``path``. What else the block raises is passed on; nothing is left behind.
     """
     path = Path(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise SDRError(path, "is not a regular file, so it is not replaced")
-    data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
     temporary = None
     try:
-        name = path.parent / f".{secrets.token_hex(8)}.tmp"
+        name = path.parent / f".{secrets.token_hex(8)}{TEMPORARY}"
         with open(name, "xb") as file:  # not mkstemp, whose files nobody else may read
             temporary = name
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -36,6 +41,12 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
     finally:
         if temporary is not None:
             os.unlink(temporary)
+
+
+def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
+    """Write ``data`` to ``path``, whole or not at all; raises SDRError where :func:`atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def sync_folder(folder: Path) -> None:

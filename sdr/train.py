@@ -1,10 +1,12 @@
-"""The training step and loop: one process, the reference model, all losses, TPA."""
+"""The training step and loop: one process, the reference model, all losses."""
 
 import json
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -12,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from sdr.checkpoint import WeightsInfo, load_model, save_weights, sdr_from_ftcn
+from sdr.clip_cache import ClipCache
 from sdr.config import PRESETS, LossConfig, SDRConfig, TPAConfig, check, check_choice
 from sdr.errors import SDRError
 from sdr.evaluate import video_metrics
 from sdr.files import make_folder, to_csv, write_atomic
 from sdr.ftcn import FTCN
-from sdr.loading import ClipSet, balanced_batches
+from sdr.loading import Batch, LoaderConfig, TrainingLoader
 from sdr.losses import Losses, SDRLoss
 from sdr.model import SDRModel
-from sdr.tpa import augment
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class TrainConfig:
         warmup_epochs: linear from 0; then a cosine to 0; None is a tenth of the epochs.
         seed: of initialisation, order and augmentation.
         max_bad_steps: consecutive steps with a non-finite loss or gradient after which training stops.
+        loader: how clips are drawn from the cache, read and augmented.
         loss: weights and options of the losses.
         tpa: methods and strengths of the augmentation.
     """
@@ -58,6 +61,7 @@ class TrainConfig:
     warmup_epochs: float | None = None
     seed: int = 0
     max_bad_steps: int = 10
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     tpa: TPAConfig = field(default_factory=TPAConfig)
 
@@ -112,26 +116,21 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
         self.bad_steps = 0
 
-    def step(self, clips: Tensor, labels: Tensor, *, samples: Sequence[int], epoch: float) -> Losses:
-        """One update on uint8 clips, [B, 3, T, S, S]; a non-finite loss or gradient leaves every weight as it was.
+    def step(self, batch: Batch, *, epoch: float) -> Losses:
+        """One update; a non-finite loss or gradient leaves every weight as it was.
+
+        Args:
+            batch: views, labels and names.
+            epoch: passes over the data until now, fractions too; sets the learning rate.
 
         Raises:
-            SDRError: ``max_bad_steps`` such steps in a row; names the batch's samples.
+            SDRError: ``max_bad_steps`` such steps in a row; names the batch's clips.
         """
-        V = self.model.config.num_branches
-        views = augment(
-            clips.to(self.device),
-            self.config.tpa,
-            seed=self.config.seed,
-            epoch=int(epoch),
-            samples=list(samples),
-            num_views=V,
-        )
         statistics = [b.clone() for b in self.model.buffers()]
         self.model.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.model(views)
-        losses = self.loss(output, labels.to(self.device))
+            output = self.model(batch.views)
+        losses = self.loss(output, batch.labels)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         for group in self.optimizer.param_groups:
@@ -141,38 +140,42 @@ class Trainer:
             self.optimizer.step()
             self.bad_steps = 0
         else:
-            self._skip(statistics, samples)
+            self._skip(statistics, batch.names)
         return Losses(*(x.detach() for x in losses))
 
-    def _skip(self, statistics: Sequence[Tensor], samples: Sequence[int]) -> None:
+    def _skip(self, statistics: Sequence[Tensor], names: Sequence[str]) -> None:
         with torch.no_grad():
             for buffer, saved in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(saved)
-        names = ", ".join(map(str, samples))
-        logger.warning("step skipped, its loss or gradient is not finite; samples %s", names)
+        logger.warning("step skipped, its loss or gradient is not finite; clips %s", ", ".join(names))
         self.bad_steps += 1
         if self.bad_steps >= self.config.max_bad_steps:
-            raise SDRError("training", f"{self.bad_steps} steps in a row had no finite loss", f"last samples: {names}")
+            raise SDRError(
+                "training", f"{self.bad_steps} steps in a row had no finite loss", f"last clips: {', '.join(names)}"
+            )
 
     @torch.inference_mode()
-    def video_scores(self, data: ClipSet) -> list[float]:
+    def video_scores(self, cache: ClipCache) -> list[float]:
         """Mean clip score of each video, the same clip for every branch."""
         self.model.eval()
-        size = self.config.batch_size
-        scores = torch.cat([self.model(part.to(self.device)).logits.sigmoid().cpu() for part in data.clips.split(size)])
-        return [scores[data.videos == v].mean().item() for v in range(len(data.records))]
+        scores = []
+        for part in torch.arange(len(cache)).split(self.config.batch_size):
+            clips = torch.stack([torch.from_numpy(cache.read(i)) for i in part.tolist()])  # [B, T, S, S, 3]
+            scores.append(self.model(clips.to(self.device).permute(0, 4, 1, 2, 3)).logits.sigmoid().cpu())
+        scores = torch.cat(scores)
+        return [scores[cache.videos == v].mean().item() for v in range(len(cache.records))]
 
 
-def evaluate(trainer: Trainer, data: ClipSet) -> dict[str, float]:
+def evaluate(trainer: Trainer, cache: ClipCache) -> dict[str, float]:
     """Video-level metrics of a split; none where it holds a single class."""
-    labels = [record.label for record in data.records]
-    return video_metrics(trainer.video_scores(data), labels) if len(set(labels)) == 2 else {}
+    labels = [record.label for record in cache.records]
+    return video_metrics(trainer.video_scores(cache), labels) if len(set(labels)) == 2 else {}
 
 
 def train(
     config: TrainConfig,
-    data: ClipSet,
-    validation: ClipSet | None,
+    data: ClipCache,
+    validation: ClipCache | None,
     out: str | Path,
     *,
     info: WeightsInfo,
@@ -183,7 +186,7 @@ def train(
 
     Args:
         config: of the run.
-        data: training clips.
+        data: clips to train on.
         validation: scored after the last epoch; its metrics are written into the weights.
         out: folder; made when missing.
         info: what the weights file is to say of its origin.
@@ -195,14 +198,24 @@ def train(
     """
     out = Path(out)
     make_folder(out)
+    for cache in filter(None, (data, validation)):
+        require_shape(cache, config.model())
     trainer = Trainer(config, device)
-    per_epoch = len(list(balanced_batches(data.labels, config.batch_size, seed=config.seed, epoch=0)))
-    steps = per_epoch * config.epochs
+    loader = TrainingLoader(
+        data,
+        config.loader,
+        config.tpa,
+        batch_size=config.batch_size,
+        num_views=config.model().num_branches,
+        seed=config.seed,
+        device=device,
+    )
+    steps = len(loader) * config.epochs
     rows: list[dict] = []
-    for epoch in range(config.epochs):
-        for i, batch in enumerate(balanced_batches(data.labels, config.batch_size, seed=config.seed, epoch=epoch)):
-            now = epoch + (i + 0.5) / per_epoch  # the middle of the step, so that neither end has a rate of 0
-            losses = trainer.step(data.clips[batch], data.labels[batch], samples=batch, epoch=now)
+    with closing(iter(loader)) as batches:
+        for batch in islice(batches, steps):
+            now = batch.epoch + (batch.index + 0.5) / len(loader)  # the middle of the step: neither end has a rate of 0
+            losses = trainer.step(batch, epoch=now)
             figures = {name: value.item() for name, value in losses._asdict().items()}
             rows.append({"step": len(rows) + 1, "epoch": round(now, 4), **figures})
             report(len(rows), steps, figures)
@@ -214,6 +227,16 @@ def train(
     metrics = evaluate(trainer, validation) if validation else {}
     save_weights(weights, trainer.model, replace(info, metrics={f"validation {n}": v for n, v in metrics.items()}))
     return weights, metrics
+
+
+def require_shape(cache: ClipCache, model: SDRConfig) -> None:
+    """Raise SDRError where the cache's clips are not of the model's size."""
+    T, S = cache.shape[:2]
+    if model.num_frames != T or model.image_size != S:
+        wanted = f"--num_frames {model.num_frames} --size {model.image_size}"
+        raise SDRError(
+            cache.folder, f"holds clips of {T} x {S} x {S}", f"the model takes those of sdr prepare {wanted}"
+        )
 
 
 def to_json(config: TrainConfig) -> dict:

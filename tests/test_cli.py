@@ -220,7 +220,9 @@ def test_bad_usage_is_code_2(arguments, capsys):
         ("train --data x --out y --loss.ce -1", "ce must not be negative"),
         ("train --data x --out y --tpa.hue 7", "hue must lie in [0, 0.5]"),
         ("train --data x --out y --batch_size 3", "batch_size must be even"),
-        ("train --data x --out y", "x: is not in FaceForensics++'s layout"),
+        ("train --data x --out y", "x: is no clip cache: prepare.json cannot be read: No such file or directory"),
+        ("prepare x --layout ffpp --out y", "x: "),
+        ("prepare --check x", "x: is no clip cache"),
         ("synth o --identities -3", "identities must"),
         ("synth o --seed -1", "seed"),
         ("convert a.pth b.safetensors --num_branches 0", "num_branches must be at least 1"),
@@ -242,7 +244,7 @@ def test_option_that_cannot_be_is_one_line_and_code_2(command, message, tmp_path
 @pytest.mark.parametrize("package", ["jinja2", "plotly"])
 def test_missing_package_is_named_before_the_work(score, monkeypatch, package):
     find = importlib.util.find_spec
-    monkeypatch.setattr("sdr.cli.find_spec", lambda name: None if name == package else find(name))
+    monkeypatch.setattr("sdr.terminal.find_spec", lambda name: None if name == package else find(name))
     code, rows, printed = score("x.mp4")
     assert (code, rows) == (2, [])
     assert printed.err == f"sdr score: {package}: not installed (pip install -c constraints.txt -e '.[report]')\n"

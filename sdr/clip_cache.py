@@ -1,0 +1,249 @@
+"""The clip cache that `sdr prepare` writes and training reads: one tar of uint8 clips for each video, and a manifest.
+
+A tar, because everything opens it, webdataset and DALI's reader among them; a clip is one read at a known offset, and
+NumPy's own format inside says its shape and type. One for each video, because a video is what is written whole or not
+at all, resumed, checked and replaced. Pixels are not compressed: a lossy codec would change what the model looks at,
+and a lossless one costs more time than reading.
+
+    prepare.json             the settings that the clips were cut with
+    shards/<split>/<method>/<video>.tar     <clip>.npy, uint8 [T, S, S, 3], and <clip>.json, its row of the manifest
+    shards/<split>/<method>/<video>.json    in its place, where a video gave no clip: the reason
+    manifest.parquet         one row a clip; written last
+    unusable.csv             every video that gave none, and why
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sdr.datasets import Record
+from sdr.errors import SDRError, escape
+from sdr.files import atomic_file
+
+SETTINGS, MANIFEST, REPORT, SHARDS = "prepare.json", "manifest.parquet", "unusable.csv", "shards"
+MANIFEST_ROWS = 65536  # of a row group
+COLUMNS = {  # of the manifest, and PyArrow's name of their type
+    "video": "string",
+    "label": "int8",
+    "method": "string",
+    "split": "string",
+    "identity": "string",
+    "video_sha256": "string",
+    "clip": "int32",
+    "frames": "list<int32>",
+    "track": "int32",
+    "tracks": "int32",
+    "chosen_by": "string",
+    "transform": "list<float64>",
+    "detector": "string",
+    "decoder": "string",
+    "settings": "string",
+    "sha256": "string",
+    "shard": "string",
+    "offset": "int64",
+}
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """What NumPy writes before a uint8 array of this shape."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, clips: Iterable[tuple[dict, np.ndarray]]) -> None:
+    """Write the clips of one video to a tar.
+
+    Args:
+        path: of the tar; its folder is there.
+        clips: row of the manifest without sha256 and offset, and uint8 [T, S, S, 3].
+
+    Raises:
+        SDRError: the tar cannot be written; its ``file`` is then ``path``. What ``clips`` raises is passed on.
+    """
+    with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, (row, clip) in enumerate(clips):
+            pixels = clip.tobytes()
+            key = f"{path.stem}_{number:05d}"
+            add_member(tar, f"{key}.npy", npy_header(clip.shape) + pixels)
+            add_member(tar, f"{key}.json", json.dumps(row | {"sha256": hashlib.sha256(pixels).hexdigest()}).encode())
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file of a tar without time, owner or anything else that two runs would write differently."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def read_shard(path: Path, shape: tuple[int, ...]) -> list[dict]:
+    """The rows of a shard's clips with the offset of their pixels.
+
+    Args:
+        path: of the tar.
+        shape: that its clips must have, [T, S, S, 3].
+
+    Raises:
+        SDRError: it cannot be read, or is not what ``write_shard`` wrote.
+    """
+    header, rows = npy_header(shape), []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = tar.getmembers()
+            for clip, row in zip(members[::2], members[1::2], strict=True):
+                if tar.extractfile(clip).read(len(header)) != header or clip.size != len(header) + math.prod(shape):
+                    raise ValueError(f"{clip.name} is no clip of {list(shape)}")
+                rows.append(json.load(tar.extractfile(row)) | {"offset": clip.offset_data + len(header)})
+    except OSError as error:
+        raise SDRError(path, f"cannot be read: {error.strerror or error}") from error
+    except (tarfile.TarError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise SDRError(path, f"is no shard of clips: {error}") from error
+    return rows
+
+
+def write_manifest(folder: Path, rows: Iterable[dict]) -> int:
+    """One row a clip, as Parquet with checksums; returns their number. Memory: of MANIFEST_ROWS rows."""
+    import pyarrow
+    from pyarrow import parquet
+
+    types = {"list<int32>": pyarrow.list_(pyarrow.int32()), "list<float64>": pyarrow.list_(pyarrow.float64())}
+    schema = pyarrow.schema([(name, types.get(kind) or getattr(pyarrow, kind)()) for name, kind in COLUMNS.items()])
+    rows, count = iter(rows), 0
+    with (
+        atomic_file(folder / MANIFEST) as file,
+        parquet.ParquetWriter(file, schema, write_page_checksum=True) as writer,
+    ):
+        while part := list(islice(rows, MANIFEST_ROWS)):
+            writer.write_table(pyarrow.Table.from_pylist(part, schema=schema))
+            count += len(part)
+    return count
+
+
+def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> dict[str, list]:
+    """Columns of the manifest by name; raises SDRError where there is none or it is damaged."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = folder / MANIFEST
+    if not path.is_file():
+        hint = "sdr prepare has not ended there" if (folder / SETTINGS).is_file() else "sdr prepare makes one"
+        raise SDRError(folder, f"is no clip cache: it has no {MANIFEST}", hint)
+    try:
+        table = parquet.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SDRError(path, f"cannot be read: {str(error).splitlines()[0]}") from error
+    if missing := set(columns or COLUMNS) - set(table.column_names):
+        raise SDRError(path, f"has no column {', '.join(sorted(missing))}")
+    return table.to_pydict()
+
+
+def read_settings(folder: Path) -> dict:
+    """What ``prepare.json`` holds; raises SDRError where it is missing or broken."""
+    path = folder / SETTINGS
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SDRError(folder, f"is no clip cache: {SETTINGS} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), int) for name in ("num_frames", "size")):
+        raise SDRError(path, "is damaged")
+    return found
+
+
+class ClipCache:
+    """The clips of some splits and methods of a cache, in the order of its manifest.
+
+    Args:
+        folder: that `sdr prepare` wrote.
+        split: whose clips to take; None takes all.
+        methods: of the fakes to take; real videos always are. None takes all.
+
+    Attributes:
+        shape: of every clip, (T, S, S, 3).
+        labels: [N] int64, 1 = fake.
+        videos: [N] int64, index into ``records``.
+        records: one for each video, in the order of its first clip.
+        splits: all that the cache has, whatever is selected.
+        samples: [N] int64, row of each clip in the manifest, whatever is selected: the key of its augmentation.
+
+    Raises:
+        SDRError: there is no finished cache, it is damaged, or the selection is empty.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, *, split: str | None = None, methods: Sequence[str] | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.settings = read_settings(self.folder)
+        self.shape = clip_shape(self.settings)
+        names = ("video", "label", "method", "split", "identity", "clip", "shard", "offset")
+        table = read_manifest(self.folder, names)
+        if unknown := set(methods or ()) - set(table["method"]):
+            raise SDRError(self.folder, f"has no clip of the method {', '.join(sorted(unknown))}")
+        self.splits = frozenset(table["split"])
+        rows = [
+            i
+            for i, (home, label, method) in enumerate(zip(table["split"], table["label"], table["method"], strict=True))
+            if split in (None, home) and (methods is None or label == 0 or method in methods)
+        ]
+        if not rows:
+            place = "" if split is None else f" of the split {split!r}"
+            raise SDRError(self.folder, f"has no clip{place}", f"it has {', '.join(sorted(self.splits))}")
+        self._places = [(table["shard"][i], table["offset"][i], table["clip"][i]) for i in rows]
+        numbers = {name: n for n, name in enumerate(dict.fromkeys(table["shard"][i] for i in rows))}
+        records = {}
+        for i in rows:
+            values = (table[name][i] for name in ("label", "split", "method", "identity"))
+            records.setdefault(table["shard"][i], Record(Path(table["video"][i]), *values))
+        self.records = tuple(records.values())
+        self.labels = torch.tensor([table["label"][i] for i in rows])
+        self.videos = torch.tensor([numbers[table["shard"][i]] for i in rows])
+        self.samples = torch.tensor(rows)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def name(self, index: int) -> str:
+        """The clip's video and number, for people."""
+        return f"{escape(self.records[self.videos[index]].path)} clip {self._places[index][2]}"
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the manifest and the selection: another one means other clips, or in another order."""
+        manifest = hashlib.sha256((self.folder / MANIFEST).read_bytes())
+        return hashlib.sha256(manifest.digest() + self.samples.numpy().tobytes()).hexdigest()
+
+    def read(self, index: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Clip ``index``, [T, S, S, 3] uint8, into ``out`` where that is given; safe in threads.
+
+        Raises:
+            SDRError: its shard is missing, cut off or not the one that the manifest describes; names the clip.
+        """
+        shard, offset, _ = self._places[index]
+        clip = np.empty(self.shape, np.uint8) if out is None else out
+        header = npy_header(self.shape)
+        try:
+            with open(self.folder / shard, "rb") as file:
+                file.seek(offset - len(header))
+                whole = file.read(len(header)) == header and file.readinto(memoryview(clip).cast("B")) == clip.nbytes
+        except OSError as error:
+            raise SDRError(self.folder / shard, f"cannot be read for {self.name(index)}: {error.strerror}") from error
+        if not whole:
+            raise SDRError(self.folder / shard, f"does not hold {self.name(index)}", "sdr prepare --check tells more")
+        return clip
+
+
+def clip_shape(settings: dict) -> tuple[int, int, int, int]:
+    """[T, S, S, 3] of the clips that these settings cut."""
+    return settings["num_frames"], settings["size"], settings["size"], 3

@@ -1,0 +1,55 @@
+"""Clip caches made without videos."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from sdr.clip_cache import SETTINGS, clip_shape, read_shard, write_manifest, write_shard
+
+T, S = 8, 16
+
+
+def flicker(rng: np.random.Generator, label: int) -> np.ndarray:
+    """Real: one random frame, held still. Fake: the same kind of frame, every second one brighter. [T, S, S, 3]."""
+    clip = np.repeat(rng.integers(60, 180, (1, S, S, 3)), T, axis=0)
+    if label:
+        clip[::2] += 60
+    return clip.astype(np.uint8)
+
+
+def make_cache(
+    folder: Path, *, real: int = 4, fake: int = 4, clips: int = 1, splits: tuple[str, ...] = ("train",), seed: int = 0
+) -> Path:
+    """A cache of ``real`` + ``fake`` videos of ``clips`` clips in each split, in turns; clips as ``flicker`` draws."""
+    folder.mkdir(parents=True)
+    settings = {"layout": "csv", "synthetic": True, "num_frames": T, "size": S}
+    (folder / SETTINGS).write_text(json.dumps(settings))
+    rng = np.random.default_rng(seed)
+    rows = []
+    labels = [0, 1] * real if real == fake else [0] * real + [1] * fake
+    for split in splits:
+        for number, label in enumerate(labels):
+            row = {
+                "video": f"{split}/{number:03d}.mp4",
+                "label": label,
+                "method": "Flicker" if label else "real",
+                "split": split,
+                "identity": f"{split}{number}",
+                "video_sha256": f"{split}{number}",
+                "frames": list(range(T)),
+                "track": 0,
+                "tracks": 1,
+                "chosen_by": "longest",
+                "transform": [1.0, 0, 0, 0, 1, 0],
+                "detector": "none",
+                "decoder": "none",
+                "settings": json.dumps(settings),
+                "shard": f"shards/{split}/{number:03d}.tar",
+            }
+            path = folder / row["shard"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_shard(path, ((row | {"clip": c}, flicker(rng, label)) for c in range(clips)))
+            rows += read_shard(path, clip_shape(settings))
+    write_manifest(folder, rows)
+    return folder

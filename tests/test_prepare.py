@@ -1,0 +1,563 @@
+"""`sdr prepare`: every layout to a cache, killed and resumed; the face that is meant; bad videos; and the check."""
+
+import csv
+import fcntl
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import video_files
+
+from sdr import SDRError
+from sdr.cache_check import check_cache
+from sdr.cli import main
+from sdr.clip_cache import ClipCache, read_manifest, read_shard, write_shard
+from sdr.cutting import Job, PrepareConfig, choose_track, cut_record
+from sdr.datasets import Record
+from sdr.detectors import Faces, load_detector
+from sdr.faces import Track, cut_clips, detect_faces, plan_clips, track_faces
+from sdr.synth import synthesize
+from sdr.video import open_video
+
+SIZE, T = 32, 8
+SETTINGS = ("--size", SIZE, "--num_frames", T, "--stride", T, "--min_frames", 4)
+LAYOUTS = ("ffpp", "celebdf", "dfdc", "deepfakebench")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def make_dataset(out: Path, layout: str = "ffpp") -> Path:
+    synthesize(out, identities=8, frames=12, size=64, crf=[23], methods=["FullJitter"], layout=layout, workers=1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("prepare") / "data")
+
+
+@pytest.fixture(scope="module")
+def detections(tmp_path_factory) -> Path:
+    """Shared by the tests, so that each video is searched for faces once."""
+    return tmp_path_factory.mktemp("detections")
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, detections, tmp_path_factory) -> Path:
+    """A cache of ``dataset``."""
+    out = tmp_path_factory.mktemp("finished") / "cache"
+    assert run(dataset, out, "--cache", detections) == 0
+    return out
+
+
+@pytest.fixture
+def cache(finished, tmp_path) -> Path:
+    """A copy of it, to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "cache"))
+
+
+def arguments(root: Path, out: Path, *more, layout: str = "ffpp") -> list[str]:
+    return list(map(str, ["prepare", root, "--layout", layout, "--out", out, *SETTINGS, *more]))
+
+
+def run(root: Path, out: Path, *more, layout: str = "ffpp") -> int:
+    return main(arguments(root, out, *more, layout=layout))
+
+
+def one_line(printed: str) -> str:
+    """The one line that is not the progress bar's."""
+    (line,) = [x for x in printed.splitlines() if x.startswith("sdr prepare: ")]
+    assert "Traceback" not in printed
+    return line
+
+
+# --- every layout, killed and resumed --------------------------------------------------------------------------------
+
+
+def start(*command: str, **options) -> subprocess.Popen:
+    code = "import sys; from sdr.cli import main; sys.exit(main(sys.argv[1:]))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *command], env=environment, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def complete(process: subprocess.Popen) -> None:
+    """Wait for its end, which must be a good one."""
+    _, printed = process.communicate()
+    assert process.returncode == 0, printed
+
+
+def children(pid: int) -> list[int]:
+    """All descendants of a process."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            found += [child, *children(child)]
+    return found
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, layout):
+    root = make_dataset(tmp_path / "data", layout)
+    whole, began = tmp_path / "whole", time.monotonic()
+    command = arguments(root, whole, "--cache", tmp_path / "detections", layout=layout)
+    complete(start(*command))
+    seconds = time.monotonic() - began
+    assert len(read_manifest(whole)["video"]) >= 16
+
+    out, chance = tmp_path / "killed", random.Random(layout)
+    command = arguments(root, out, "--cache", tmp_path / "none", layout=layout)
+    shards: set[str] = set()
+    for _ in range(3):
+        process = start(*command)
+        time.sleep(chance.uniform(0.3, 0.8) * seconds)
+        family = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        deadline = time.monotonic() + 20
+        while not all(map(gone, family)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert all(map(gone, family)), "a worker outlived its parent"
+        now = {name for name in files(out) if name.endswith(".tar")}
+        assert now >= shards, "a finished shard was lost"
+        shards = now
+    stamps = {name: (out / name).stat().st_mtime_ns for name in shards}
+    complete(start(*command))
+    assert {name: (out / name).stat().st_mtime_ns for name in shards} == stamps, "a finished shard was written again"
+    assert files(out) == files(whole)
+    assert main(["prepare", "--check", str(out)]) == 0
+
+
+def test_again_changes_nothing(dataset, detections, cache):
+    before = {p: p.stat().st_mtime_ns for p in cache.rglob("*.tar")}
+    content = files(cache)
+    assert run(dataset, cache, "--cache", detections, "--workers", 1) == 0
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*.tar")} == before
+    assert files(cache) == content
+
+
+# --- what is in it ---------------------------------------------------------------------------------------------------
+
+
+def test_manifest_and_clips_are_the_videos(dataset, detections, finished):
+    """Labels and splits as `sdr synth` lists them; every clip as the parts cut it from the file itself."""
+    table = read_manifest(finished)
+    with open(dataset / "videos.csv", newline="") as file:
+        truth = {row["path"]: row for row in csv.DictReader(file)}
+    assert set(table["video"]) == set(truth)
+    for i, video in enumerate(table["video"]):
+        told = (str(table["label"][i]), table["split"][i], table["method"][i])
+        assert told == tuple(truth[video][name] for name in ("label", "split", "method"))
+    clips = ClipCache(finished)
+    assert clips.shape == (T, SIZE, SIZE, 3)
+    for video in sorted(truth)[::5]:
+        with open_video(dataset / video) as opened:
+            tracks = track_faces(detect_faces(opened, load_detector(), cache=detections).faces)
+            longest = max(tracks, key=lambda track: len(track.scores))
+            plans = plan_clips([longest], num_frames=T, stride=T, size=SIZE, min_frames=4)
+            cut = dict(cut_clips(opened, plans, SIZE))
+            rows = [i for i, name in enumerate(table["video"]) if name == video]
+            assert len(rows) == len(cut) >= 2
+            for i in rows:
+                number = table["clip"][i]
+                assert np.array_equal(clips.read(i), cut[number])
+                assert table["frames"][i] == plans[number].frames.tolist()
+                assert np.array_equal(np.reshape(table["transform"][i], (2, 3)), plans[number].transform)
+                assert (table["video_sha256"][i], table["decoder"][i]) == (opened.sha256, "pyav")
+                assert json.loads(table["settings"][i])["size"] == SIZE
+
+
+def test_at_most_so_many_clips_evenly_spread(tmp_path, dataset, detections, finished):
+    out = tmp_path / "cache"
+    more = ("--cache", detections, "--split", '["train"]')
+    settings = ("--stride", 1, "--clips_per_video", 3)
+    assert run(dataset, out, *more, *settings) == 0
+    table = read_manifest(out)
+    assert set(table["split"]) == {"train"}
+    first = {}
+    for video, frames in zip(table["video"], table["frames"], strict=True):
+        first.setdefault(video, []).append(frames[0])
+    assert list(first.values()).count([0, 2, 4]) >= len(first) - 2  # 12 frames: clips from 0 to 4; tracks may break
+
+
+def test_shards_open_as_tars_of_numpy_arrays(finished):
+    path = sorted(finished.rglob("*.tar"))[0]
+    import io
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+        assert [name.split(".")[1] for name in names] == ["npy", "json"] * (len(names) // 2)
+        clip = np.load(io.BytesIO(tar.extractfile(names[0]).read()))
+    assert (clip.shape, clip.dtype) == ((T, SIZE, SIZE, 3), np.uint8)
+    assert np.array_equal(clip, next(c for c in [ClipCache(finished)] for c in [c.read(place(c, path))]))
+
+
+def place(cache: ClipCache, path: Path) -> int:
+    """Index of a shard's first clip."""
+    table = read_manifest(cache.folder)
+    return table["shard"].index(path.relative_to(cache.folder).as_posix())
+
+
+# --- the face that is meant ------------------------------------------------------------------------------------------
+
+
+def track(start: int, length: int, left: int) -> Track:
+    boxes = np.tile(np.float32([left, 10, left + 20, 30]), (length, 1))
+    return Track(start, boxes, np.zeros((length, 5, 2), np.float32), np.ones(length, np.float32))
+
+
+def record(path: Path, **fields) -> Record:
+    return Record(path, 1, "train", "Fake", "0", **fields)
+
+
+@pytest.fixture
+def mask_of_the_right(tmp_path) -> Path:
+    """12 frames, white where the right face is."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[12:28, 36:52] = 255
+    video_files.encode(tmp_path / "mask.mp4", [picture] * 12)
+    return tmp_path / "mask.mp4"
+
+
+def test_the_mask_tells_the_face(tmp_path, mask_of_the_right):
+    left, right = track(0, 12, 2), track(2, 9, 34)
+    config = PrepareConfig()
+    assert choose_track([left, right], record(tmp_path), config) == (0, "longest")
+    assert choose_track([right, left], record(tmp_path), config) == (1, "longest")
+    for tracks, index in (([left, right], 1), ([right, left], 0), ([left, track(0, 3, 34), right], 2)):
+        assert choose_track(tracks, record(tmp_path, mask=mask_of_the_right), config) == (index, "mask")
+    assert choose_track([left], record(tmp_path, mask=mask_of_the_right), config) == (0, "longest")
+
+
+def test_equal_tracks_give_the_first(tmp_path):
+    assert choose_track([track(0, 5, 2), track(0, 5, 34)], record(tmp_path), PrepareConfig()) == (0, "longest")
+
+
+def test_a_mask_that_tells_nothing_is_an_error(tmp_path, mask_of_the_right):
+    with pytest.raises(SDRError, match=r"mask\.mp4: marks no face that was found"):
+        choose_track([track(0, 12, 0), track(0, 3, 0)], record(tmp_path, mask=mask_of_the_right), PrepareConfig())
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(SDRError, match=r"text\.mp4: "):
+        choose_track([track(0, 12, 0)] * 2, record(tmp_path, mask=tmp_path / "text.mp4"), PrepareConfig())
+
+
+def test_one_face_of_two_is_cut(tmp_path, mask_of_the_right, monkeypatch):
+    """With the mask, the right face; what is said of it stands in the row."""
+    pictures = [np.full((48, 64, 3), 40, np.uint8) for _ in range(12)]
+    for picture in pictures:
+        picture[:, 32:] = 200
+    video_files.encode(tmp_path / "two.mp4", pictures)
+    points = np.float32([(5, 5), (15, 5), (10, 10), (6, 15), (14, 15)])
+
+    class Two:
+        name = "two"
+
+        def __call__(self, frame):
+            corners = np.float32([(2, 10), (34, 10)])
+            boxes = np.concatenate([corners, corners + 20], 1)
+            return Faces(boxes, points + corners[:, None], np.float32([0.9, 0.8]))
+
+    monkeypatch.setattr("sdr.cutting.worker_detector", lambda name, weights: Two())
+    config = PrepareConfig(num_frames=4, size=16, stride=4)
+    for number, mask in enumerate((None, mask_of_the_right)):
+        job = Job(tmp_path, tmp_path / f"cache{number}", config, {"detector": "two"}, "two", None, None)
+        video = record(tmp_path / "two.mp4", mask=mask)
+        assert cut_record(video, job) == ""
+        path = job.out / job.shard(video)
+        rows = read_shard(path, (4, 16, 16, 3))
+        assert [(r["track"], r["tracks"], r["chosen_by"]) for r in rows] == [
+            (number, 2, "mask" if number else "longest")
+        ] * 3
+        centre = np.frombuffer(path.read_bytes(), np.uint8)[rows[0]["offset"] + 3 * (8 * 16 + 8)]
+        assert abs(int(centre) - (200 if number else 40)) < 8
+
+
+# --- what is wrong with it -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def videos(tmp_path, dataset) -> Path:
+    """A CSV of ten good videos, and room for bad ones."""
+    good = sorted((dataset / "original_sequences/youtube/c23/videos").glob("*.mp4"))
+    for path in good:
+        shutil.copy(path, tmp_path / path.name)
+    lines = [f"{path.name},0,train" for path in good]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *lines]) + "\n")
+    return tmp_path / "list.csv"
+
+
+def test_bad_videos_are_reported_and_nothing_else_is_lost(videos, detections, tmp_path, capsys):
+    count = len(videos.read_text().splitlines()) - 1
+    (tmp_path / "broken.mp4").write_bytes(b"\0" * 5000)
+    video_files.encode(tmp_path / "faceless.mp4", [np.zeros((48, 64, 3), np.uint8)] * 12)
+    shutil.copy(tmp_path / "000.mp4", tmp_path / "cut.mp4")
+    video_files.cut(tmp_path / "cut.mp4", 0.9)
+    bad = ["broken", "gone", "faceless", "cut"]
+    with open(videos, "a") as file:
+        file.writelines(f"{name}.mp4,1,train\n" for name in bad)
+    out = tmp_path / "cache"
+    more = ("--cache", detections)
+    assert run(videos, out, *more, layout="csv") == 2
+    line = one_line(capsys.readouterr().err)
+    assert "videos cannot be used, unusable.csv tells why (--max_bad 0.01 is the share that is accepted)" in line
+    assert "gone.mp4: no such file" in line  # known before any work
+    with open(out / "unusable.csv", newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == ["gone.mp4"]
+    assert run(videos, out, *more, "--max_bad", 0.5, layout="csv") == 1
+    printed = capsys.readouterr()
+    assert f"of {count} videos, 4 videos left out" in printed.out
+    with open(out / "unusable.csv", newline="") as file:
+        reasons = {row["path"]: row["reason"] for row in csv.DictReader(file)}
+    assert list(reasons) == [f"{name}.mp4" for name in bad]
+    assert reasons["faceless.mp4"] == "no face in 12 frames"
+    assert reasons["gone.mp4"] == "no such file"
+    for name, reason in reasons.items():
+        assert f"left out: {tmp_path / name}: {reason}" in printed.err
+    table = read_manifest(out)
+    assert len(set(table["video"])) == count
+    assert not set(table["video"]) & set(reasons)
+    # the missing one turns up, the broken one is mended: only on request is the verdict on it taken back
+    for name in ("gone", "broken"):
+        shutil.copy(tmp_path / "000.mp4", tmp_path / f"{name}.mp4")
+    assert run(videos, out, *more, "--max_bad", 0.5, layout="csv") == 1
+    assert f"of {count + 1} videos, 3 videos left out" in capsys.readouterr().out
+    assert run(videos, out, *more, "--max_bad", 0.5, "--retry", layout="csv") == 1
+    assert f"of {count + 2} videos, 2 videos left out" in capsys.readouterr().out
+    assert not list(out.rglob("broken-*.json"))
+
+
+def test_a_split_file_that_names_missing_videos(tmp_path, dataset, capsys):
+    root = Path(shutil.copytree(dataset, tmp_path / "data"))
+    (root / "original_sequences/youtube/c23/videos/001.mp4").unlink()
+    assert run(root, tmp_path / "cache") == 2
+    assert "001.mp4: no such file; 1 of " in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--stride", "0"], "stride must be at least 1"),
+        (["--clips_per_video", "0"], "clips_per_video must be at least 1"),
+        (["--workers", "0"], "workers must be at least 1"),
+        (["--max_bad", "2"], "max_bad must lie in 0..1"),
+        (["--methods", '["Nonsense"]'], "Nonsense"),
+        (["--splits", "/nowhere"], "/nowhere"),
+        (["--detector_weights", "/nowhere.onnx"], "/nowhere.onnx"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_line(dataset, tmp_path, more, message, capsys):
+    assert run(dataset, tmp_path / "cache", *more) == 2
+    assert message in one_line(capsys.readouterr().err)
+
+
+def test_options_that_are_missing_are_named(capsys):
+    assert main(["prepare", "x"]) == 2
+    assert one_line(capsys.readouterr().err).endswith("needs layout and out, or --check and a cache")
+
+
+def test_another_dataset_or_setting_does_not_touch_a_cache(dataset, cache, tmp_path, capsys):
+    before = files(cache)
+    more = ("--methods", '["FullJitter"]')
+    for root, options, message in (
+        (dataset, ("--size", 16), "holds clips of other settings or another layout (choose a new folder)"),
+        (dataset, ("--split", '["test"]'), "is of a video that is not in this dataset or selection"),
+    ):
+        assert run(root, cache, *more, *options) == 2
+        assert message in one_line(capsys.readouterr().err)
+        assert files(cache) == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    assert run(dataset, tmp_path / "other") == 2
+    assert "is not empty and was not written by sdr prepare" in one_line(capsys.readouterr().err)
+    assert files(tmp_path / "other") == {"thesis.txt": b"precious"}
+
+
+def test_two_datasets_in_one_folder_are_told(tmp_path, dataset, detections, capsys):
+    root = Path(shutil.copytree(dataset, tmp_path / "data"))
+    (root / "Celeb-real").mkdir()
+    (root / "Celeb-synthesis").mkdir()
+    assert run(root, tmp_path / "cache", "--cache", detections) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert "also holds" in note
+    assert "celebdf" in note.lower().replace("-", "")
+
+
+def test_one_writer_at_a_time(dataset, cache, capsys):
+    descriptor = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert run(dataset, cache) == 2
+    finally:
+        os.close(descriptor)
+    assert one_line(capsys.readouterr().err).endswith("another sdr prepare is writing there")
+
+
+def test_a_folder_that_cannot_be_written(dataset, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(dataset, tmp_path / "file" / "cache") == 2
+    assert "cannot be made: Not a directory" in one_line(capsys.readouterr().err)
+    assert run(dataset, Path("/proc/cache")) == 2
+    assert one_line(capsys.readouterr().err).startswith("sdr prepare: /proc/cache: cannot be made: ")
+
+
+def test_a_full_disk_is_one_line_and_resumes(dataset, detections, tmp_path):
+    """A limit on the size of a file stands for the disk: the same error, at the same place, in every process."""
+    out = tmp_path / "cache"
+    command = arguments(dataset, out, "--cache", detections, "--size", 64)
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a shard has about 200,000 bytes
+
+    process = start(*command, preexec_fn=small_disk)
+    _, printed = process.communicate()
+    assert process.returncode == 2
+    assert ".tar: cannot be written: File too large" in one_line(printed)
+    assert not [name for name in files(out) if name.endswith((".tar", ".tmp", "manifest.parquet"))]
+    assert main(command) == 0
+    assert check_cache(out).problems == ()
+
+
+def test_a_worker_that_is_killed_is_one_line(dataset, tmp_path):
+    process = start(*arguments(dataset, tmp_path / "cache", "--cache", tmp_path / "detections"))
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "cache").rglob("*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(workers[-1], signal.SIGKILL)
+    _, printed = process.communicate()
+    assert process.returncode == 2
+    assert "workers: one was killed, most likely for want of memory (fewer --workers)" in one_line(printed)
+    assert list((tmp_path / "cache").rglob("*.tar"))
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+def check(cache: Path) -> list[str]:
+    return [problem.removeprefix(f"{cache}/") for problem in check_cache(cache).problems]
+
+
+def test_check_of_a_sound_cache_prints_its_table(finished, capsys):
+    assert main(["prepare", "--check", str(finished)]) == 0
+    printed = capsys.readouterr().out
+    assert "all clips are as they were written" in printed
+    counts = {(c.split, c.method): c for c in check_cache(finished).counts}
+    table = read_manifest(finished)
+    assert sum(c.clips for c in counts.values()) == len(table["clip"])
+    assert sum(c.videos for c in counts.values()) == len(set(table["video"]))
+    assert {c.label for (_, method), c in counts.items() if method == "real"} == {0}
+    assert "FullJitter" in printed
+
+
+def test_check_finds_one_flipped_bit(cache):
+    path = sorted(cache.rglob("*.tar"))[0]
+    row = read_shard(path, (T, SIZE, SIZE, 3))[1]
+    content = bytearray(path.read_bytes())
+    content[row["offset"] + 1000] ^= 1
+    path.write_bytes(content)
+    assert check(cache) == [f"{path.relative_to(cache)}: clip 1 is damaged: its checksum is another"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "emptied", "other clips", "not listed"])
+def test_check_finds_a_wrong_shard(cache, damage):
+    first, second = sorted(cache.rglob("*.tar"))[:2]
+    expected = {
+        "missing": "cannot be read: No such file or directory",
+        "cut off": "is no shard of clips: unexpected end of data",
+        "emptied": "is no shard of clips: empty file",
+        "other clips": "does not hold what manifest.parquet says",
+        "not listed": "is not in manifest.parquet",
+    }[damage]
+    if damage == "missing":
+        first.unlink()
+    elif damage == "cut off":
+        os.truncate(first, 9000)
+    elif damage == "emptied":
+        os.truncate(first, 0)
+    elif damage == "other clips":
+        shutil.copy(second, first)
+    else:
+        first = Path(shutil.copy(first, first.with_name("stray.tar")))
+    (problem,) = check(cache)
+    assert problem == f"{first.relative_to(cache)}: {expected}"
+
+
+def test_check_finds_people_and_files_in_two_splits(cache):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = cache / "manifest.parquet"
+    table = parquet.read_table(path)
+    train, test = (table.column("split").to_pylist().index(split) for split in ("train", "test"))
+    for column in ("identity", "video_sha256"):
+        values = table.column(column).to_pylist()
+        values[test] = values[train]
+        shard = table.column("shard").to_pylist()
+        values = [values[test] if shard[i] == shard[test] else v for i, v in enumerate(values)]
+        table = table.set_column(table.column_names.index(column), column, pyarrow.array(values))
+    parquet.write_table(table, path)
+    problems = check(cache)
+    assert any(line.startswith("identity ") and " is in test (" in line and " and train (" in line for line in problems)
+    assert any(line.startswith("the file of sha256 ") and " is in test (" in line for line in problems)
+    assert main(["prepare", "--check", str(cache)]) == 1
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "broken manifest", "no settings", "broken settings", "no folder"])
+def test_a_cache_that_is_none_is_one_line(cache, damage, capsys):
+    if damage == "no folder":
+        shutil.rmtree(cache)
+    elif damage == "no manifest":
+        (cache / "manifest.parquet").unlink()
+    elif damage == "no settings":
+        (cache / "prepare.json").unlink()
+    elif damage == "broken settings":
+        (cache / "prepare.json").write_text('{"size": "big"}')
+    else:
+        content = bytearray((cache / "manifest.parquet").read_bytes())
+        content[len(content) // 3] ^= 1
+        (cache / "manifest.parquet").write_bytes(content)
+    assert main(["prepare", "--check", str(cache)]) == 2
+    one_line(capsys.readouterr().err)
+    if damage == "broken manifest":
+        os.truncate(cache / "manifest.parquet", 2000)  # a flipped bit shows where its column is read
+    with pytest.raises(SDRError):
+        ClipCache(cache)
+
+
+def test_a_selection_that_is_empty(finished):
+    with pytest.raises(SDRError, match=r"has no clip of the split 'nowhere' \(it has test, train, val\)"):
+        ClipCache(finished, split="nowhere")
+    with pytest.raises(SDRError, match="has no clip of the method Deepfakes"):
+        ClipCache(finished, methods=["Deepfakes"])
+
+
+def test_shard_is_whole_or_not_there(tmp_path):
+    def clips():
+        yield {"clip": 0}, np.zeros((2, 4, 4, 3), np.uint8)
+        raise SDRError("video.mp4", "ended")
+
+    with pytest.raises(SDRError, match=r"video\.mp4: ended"):
+        write_shard(tmp_path / "a.tar", clips())
+    assert list(tmp_path.iterdir()) == []
