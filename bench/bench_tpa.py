@@ -6,6 +6,7 @@ it in float32. A new path is one more entry of ``PATHS``.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from tpa_peers import PEERS, peer_call
 
 from sdr import TPAConfig
-from sdr.tpa import augment
+from sdr.dali import dali_views
+from sdr.tpa import augment, draw_maps
 
 VIEWS = 4
 
@@ -21,6 +23,15 @@ VIEWS = 4
 def ours(clips: Tensor) -> Callable[[], Tensor]:
     """Draws and views: on a CPU by the reference of ``clip_views``."""
     return partial(augment, clips, TPAConfig(), seed=0, epoch=0, samples=[0], num_views=VIEWS)
+
+
+def dali(clips: Tensor) -> Callable[[], Tensor]:
+    """A batch at a time through one pipeline on one thread, nothing made ahead; the draws are made before."""
+    B, _, T, H, W = clips.shape
+    maps = draw_maps(TPAConfig(), seed=0, epoch=0, samples=range(B), num_views=VIEWS, num_frames=T, size=(H, W))
+    source = repeat((clips.permute(0, 2, 3, 4, 1).numpy(), maps))
+    sizes = {"num_views": VIEWS, "batch_size": B, "num_frames": T}
+    return partial(next, dali_views(source, TPAConfig(), **sizes, prefetch=1, threads=1))
 
 
 def peer(name: str, clips: Tensor) -> Callable[[], list[Tensor]]:
@@ -32,6 +43,7 @@ def peer(name: str, clips: Tensor) -> Callable[[], list[Tensor]]:
 
 PATHS: dict[str, Callable[[Tensor], Callable[[], object]]] = {
     "reference": ours,
+    "dali": dali,
     **{name: partial(peer, name) for name in PEERS},
 }
 

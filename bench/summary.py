@@ -101,6 +101,7 @@ FIRST = lookup("timings", "import to first result, empty cache", "seconds")
 FLOOR_SHARE = lookup("timings", "inference ftcn_released bf16", "share_of_floor")
 LOSSES = partial(lookup, "losses", "16 x 4 x 1024 bf16, values and gradients, triton")
 VIEWS = lookup("views", "clip_views, 16 clips x 4 views bf16", "clips_per_s")
+LOADERS = {name: lookup("views", f"loader, {name}", "clips_per_s") for name in ("triton", "dali")}
 BANK = partial(lookup, "losses", "InfoNCE 65536 x 128, ours")
 # the inference, loss and augmentation rows of the project's targets for an H200 in bf16
 TARGETS = [
@@ -117,6 +118,10 @@ TARGETS = [
     Target("InfoNCE 65,536 x 128, forward and backward", scaled(BANK("median_s"), 1e3), "ms", 7, 4.5),
     Target("... memory beside the features", scaled(BANK("peak_bytes"), 1e-6), "MB", 100, 50),
     Target("TPA, 4 views of 16 uint8 clips in bf16", VIEWS, "clips/s", 20_000, None, at_least=True),
+    *(
+        Target(f"loader by {name} against inference", ratio(read, SPEED), "x", 1.2, None, at_least=True)
+        for name, read in LOADERS.items()
+    ),
     Target("error, in units of eager's in the same dtype", worst_error, "x", 2, None),
 ]
 

@@ -1,17 +1,26 @@
-"""Step "views": TPA's four views of uint8 clips, beside its reference and what else makes them in the same run."""
+"""Step "views": TPA's four views of uint8 clips, beside what else makes them in the same run; the loader; NVDEC."""
 
 import os
+import sys
+import tempfile
+import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
-from ceilings import measure
+from ceilings import measure, synchronise
+from clips import NoiseClips
 from ledger import NOT_MEASURED, Ledger
-from machine import Machine
+from machine import ROOT, Machine
 from torch import Tensor
 from tpa_peers import PEERS, peer_call
 
-from sdr import TPAConfig
+from sdr import SDRError, TPAConfig
+from sdr.decoding import why_no_dali
+from sdr.loading import LoaderConfig, TrainingLoader
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD, augment, draw_maps
 from sdr_kernels import clip_views
 
@@ -20,6 +29,9 @@ VIEWS = 4
 FRAMES = 32
 SIZE = 224
 LIMIT_S = 1.0  # of one measurement
+VIDEOS = 64  # that the loader reads, of one clip each: 308 MB, which stay in the machine's memory
+BATCHES = 20  # that it is timed over
+READERS = 8
 KEY = {"seed": 0, "epoch": 0, "num_views": VIEWS}
 
 
@@ -44,6 +56,58 @@ def time_views(call: Callable[[], object], clips: Tensor, machine: Machine, *, w
     moved = clips.numel() * (1 + 2 * VIEWS)
     rate = {"clips": len(clips), "clips_per_s": len(clips) / result["median_s"]}
     return {**rate, "bytes": moved, "bytes_per_s": moved / result["median_s"], **result}
+
+
+def time_loader(augmentation: str, machine: Machine) -> dict[str, object] | str:
+    """Clips per second from shards on disk to batches of views in 16 bits on the device, by wall clock."""
+    videos, frames, size = machine.scaled(VIDEOS, 4), machine.scaled(FRAMES, 2), machine.scaled(SIZE, 32)
+    batch, batches = machine.scaled(CLIPS, 2), machine.scaled(BATCHES, 2)
+    config = LoaderConfig(augmentation=augmentation, readers=READERS, ahead=4)
+    key = {"batch_size": batch, "num_views": VIEWS, "device": machine.device, "dtype": machine.half}
+    with tempfile.TemporaryDirectory() as folder:
+        loader = TrainingLoader(NoiseClips(Path(folder), videos, (frames, size, size, 3)), config, TPAConfig(), **key)
+        try:
+            with closing(iter(loader)) as source:
+                for _ in range(6):  # until the batches made ahead no longer count
+                    next(source)
+                synchronise(machine.device)
+                start = time.perf_counter()
+                for _ in range(batches):
+                    next(source)
+                synchronise(machine.device)
+                seconds = time.perf_counter() - start
+        except SDRError as error:
+            return f"{NOT_MEASURED}{error}"
+    return {"clips_per_s": batch * batches / seconds, "batch": batch, "batches": batches, "readers": READERS}
+
+
+def check_nvdec(machine: Machine) -> dict[str, object] | str:
+    """NVDEC through DALI against PyAV on H.264 with B-frames: same frames at same times, and how far the pixels are."""
+    if machine.rehearsal:
+        return f"{NOT_MEASURED}no GPU decodes in a rehearsal"
+    if missing := why_no_dali(needs_gpu=True):
+        return f"{NOT_MEASURED}{missing}"
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        from video_files import barcode_video, read_barcode
+    except ModuleNotFoundError as error:
+        return f"{NOT_MEASURED}{error}"
+    from sdr.video import open_video
+
+    count, passes = 300, {}  # 276 MB of RGB: more than one window of DALI's
+    with tempfile.TemporaryDirectory() as folder:
+        path = barcode_video(Path(folder) / "a.mp4", count, (640, 480), options={"g": "48", "bf": "2"})
+        for decoder in ("pyav", "dali"):
+            with open_video(path, decoder=decoder) as video:
+                passes[decoder] = list(video.frames())
+                if video.damage:
+                    return f"{decoder}: {video.damage}"
+    steps = []
+    for number, (ours, theirs) in enumerate(zip(passes["dali"], passes["pyav"], strict=True)):
+        if ours[0] != theirs[0] or not read_barcode(ours[1]) == read_barcode(theirs[1]) == number % 256:
+            return f"frame {number} is another: {ours[0]} s, {read_barcode(ours[1])}"
+        steps.append(np.abs(ours[1].astype(int) - theirs[1]))
+    return {"frames": count, "mean_step_of_255": float(np.mean(steps)), "largest_step_of_255": int(np.max(steps))}
 
 
 def run(ledger: Ledger, machine: Machine) -> None:
@@ -75,3 +139,6 @@ def run(ledger: Ledger, machine: Machine) -> None:
             return time_views(call, clips, machine)
 
         ledger.attempt(f"{name}, {what}", timed, needs_s=LIMIT_S)
+    for augmentation in ("triton", "dali"):
+        ledger.attempt(f"loader, {augmentation}", partial(time_loader, augmentation, machine), needs_s=5 * LIMIT_S)
+    ledger.attempt("NVDEC against PyAV, H.264", partial(check_nvdec, machine), needs_s=5 * LIMIT_S)

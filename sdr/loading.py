@@ -143,6 +143,7 @@ class TrainingLoader:
         num_views: V.
         seed: of order and augmentation.
         device: of the batches.
+        dtype: of their views.
         rank: of this process.
         world_size: number of processes.
     """
@@ -157,11 +158,12 @@ class TrainingLoader:
         num_views: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.cache, self.config, self.tpa, self.num_views, self.seed = cache, config, tpa, num_views, seed
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         self.augmentation = pick_augmentation(config.augmentation, self.device)
         self.batches = BalancedBatches(
             cache.labels,
@@ -221,6 +223,7 @@ class TrainingLoader:
                     epoch=part.epoch,
                     samples=part.samples,
                     num_views=self.num_views,
+                    dtype=self.dtype,
                     impl=self.augmentation,
                 )
                 yield self._batch(views, part)
@@ -241,6 +244,7 @@ class TrainingLoader:
             batch_size=2 * self.batches.half // self.batches.world_size,
             num_frames=self.cache.shape[0],
             device=self.device,
+            dtype=self.dtype,
             prefetch=self.config.ahead,
             threads=self.config.readers,
         )

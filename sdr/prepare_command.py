@@ -1,11 +1,20 @@
 """`sdr prepare`: a dataset to a clip cache, and the check of one."""
 
+from __future__ import annotations
+
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdr.errors import SDRError, escape
 from sdr.terminal import pick_cache, progress_bars, refusals, require, settings
+
+if TYPE_CHECKING:  # importing them for real waits until the command runs
+    from rich.progress import Progress
+
+    from sdr.datasets import Record
 
 
 def run_prepare(options) -> int:
@@ -13,7 +22,7 @@ def run_prepare(options) -> int:
     if options.check is not None:
         return run_check(options)
     from sdr.cutting import PrepareConfig
-    from sdr.datasets import in_two_splits, is_synthetic
+    from sdr.datasets import is_synthetic
     from sdr.layouts import other_layouts, read_layout
     from sdr.prepare import prepare
 
@@ -27,42 +36,56 @@ def run_prepare(options) -> int:
     records = [record for record in records if options.split is None or record.split in options.split]
     if not records:
         raise SDRError(root, f"has no video in the split {' or '.join(options.split)}")
-    if others := other_layouts(root, options.layout):
-        print(f"note: {escape(root)} also holds {' and '.join(others)}, which is not read", file=sys.stderr)
-    if leaks := list(in_two_splits((f"identity {r.identity}", r.split, str(r.path)) for r in records)):
-        print(
-            f"note: {len(leaks)} identities are in two splits, --check lists them, first: {leaks[0]}", file=sys.stderr
+    for note in notes(records, options.layout, other_layouts(root, options.layout)):
+        print(f"note: {note}", file=sys.stderr)
+    with progress_bars("{task.fields[rate]}", "{task.fields[bad]} unusable") as bars, refusals():
+        summary = prepare(
+            records,
+            root if root.is_dir() else root.parent,
+            options.out,
+            config,
+            layout=options.layout,
+            detector=options.detector,
+            weights=options.detector_weights,
+            detections=pick_cache(options),
+            workers=options.workers,
+            max_bad=options.max_bad,
+            retry=options.retry,
+            synthetic=is_synthetic(root),
+            progress=video_bar(bars),
         )
-    with progress_bars("{task.fields[rate]}", "{task.fields[bad]} unusable") as bars:
-        bar = bars.add_task("videos", total=len(records), bad=0, rate="")
-        began, first = time.monotonic(), []
-
-        def report(done: int, total: int, bad: int) -> None:
-            first.append(done) if not first else None
-            rate = (done - first[0]) / (time.monotonic() - began)
-            bars.update(bar, completed=done, bad=bad, rate=f"{rate:.2f} videos/s")
-
-        with refusals():
-            summary = prepare(
-                records,
-                root if root.is_dir() else root.parent,
-                options.out,
-                config,
-                layout=options.layout,
-                detector=options.detector,
-                weights=options.detector_weights,
-                detections=pick_cache(options),
-                workers=options.workers,
-                max_bad=options.max_bad,
-                retry=options.retry,
-                synthetic=is_synthetic(root),
-                progress=report,
-            )
     for record, reason in summary.unusable:
         print(f"left out: {escape(record.path)}: {reason}", file=sys.stderr)
     print(f"{summary.clips} clips of {summary.videos} videos, {len(summary.unusable)} videos left out")
     print(f"cache: {escape(Path(options.out).resolve())}")
     return 1 if summary.unusable else 0
+
+
+def notes(records: Sequence[Record], layout: str, others: Sequence[str]) -> Iterator[str]:
+    """What a user should know of a dataset before its clips are cut, a line each."""
+    from sdr.datasets import in_two_splits
+
+    if others:
+        yield f"the folder also holds {' and '.join(others)}, which is not read"
+    if layout == "deepfakebench":
+        yield "if these frames were aligned one by one, as DeepfakeBench does by default, their jitter looks like forgery"
+    leaks = list(in_two_splits((f"identity {r.identity}", r.split, str(r.path)) for r in records))
+    if leaks:
+        yield f"{len(leaks)} identities are in two splits, --check will list them; the first: {leaks[0]}"
+
+
+def video_bar(bars: Progress) -> Callable[[int, int, int], None]:
+    """A progress of videos done, of all, and of the unusable ones; the rate is this run's."""
+    bar = bars.add_task("videos", total=None, visible=False, bad=0, rate="")  # until the cache is ours
+    began, before = time.monotonic(), None
+
+    def report(done: int, total: int, bad: int) -> None:
+        nonlocal before
+        before = done if before is None else before
+        rate = f"{(done - before) / (time.monotonic() - began):.2f} videos/s"
+        bars.update(bar, completed=done, total=total, visible=True, bad=bad, rate=rate)
+
+    return report
 
 
 def run_check(options) -> int:
@@ -73,9 +96,10 @@ def run_check(options) -> int:
 
     require("prepare")
     with progress_bars() as bars:
-        bar = bars.add_task("shards", total=None)
+        bar = bars.add_task("shards", total=None, visible=False)  # until there is a cache
         report = check_cache(
-            Path(options.check), progress=lambda done, total: bars.update(bar, completed=done, total=total)
+            Path(options.check),
+            progress=lambda done, total: bars.update(bar, completed=done, total=total, visible=True),
         )
     table = Table("split", "method", "label", "videos", "clips")
     for count in report.counts:

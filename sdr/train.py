@@ -209,6 +209,7 @@ def train(
         num_views=config.model().num_branches,
         seed=config.seed,
         device=device,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
     )
     steps = len(loader) * config.epochs
     rows: list[dict] = []
