@@ -1,7 +1,7 @@
 """The command line: sdr score | synth | prepare | train | convert.
 
-Exit codes: 0 all done; 1 some videos were not scored or prepared, or a check found something; 2 the command could not be done: bad usage, or a file or setting
-that it cannot do without is unusable; 130 interrupted.
+Exit codes: 0 all done; 1 some videos were not scored or prepared, or a check found something; 2 the command could not
+be done: bad usage, or a file or setting that it cannot do without is unusable; 130 interrupted.
 """
 
 import sys

@@ -68,7 +68,7 @@ def notes(records: Sequence[Record], layout: str, others: Sequence[str]) -> Iter
     if others:
         yield f"the folder also holds {' and '.join(others)}, which is not read"
     if layout == "deepfakebench":
-        yield "if these frames were aligned one by one, as DeepfakeBench does by default, their jitter looks like forgery"
+        yield "frames aligned one by one, as DeepfakeBench makes them by default, jitter, which looks like forgery"
     leaks = list(in_two_splits((f"identity {r.identity}", r.split, str(r.path)) for r in records))
     if leaks:
         yield f"{len(leaks)} identities are in two splits, --check will list them; the first: {leaks[0]}"
