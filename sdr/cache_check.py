@@ -2,14 +2,13 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sdr.clip_cache import MANIFEST, SHARDS, clip_shape, read_manifest, read_settings, read_shard
-from sdr.datasets import in_two_splits
+from sdr.clip_cache import MANIFEST, SHARDS, clip_shape, leaks, read_manifest, read_settings, read_shard
 from sdr.errors import SDRError
 
 
@@ -63,7 +62,7 @@ def check_cache(
 
 
 def check_shard(folder: Path, shape: tuple[int, ...], name: str, rows: list[dict]) -> list[str]:
-    """What is wrong with one shard, "" where nothing is."""
+    """What is wrong with one shard, at most one line."""
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -80,13 +79,6 @@ def check_shard(folder: Path, shape: tuple[int, ...], name: str, rows: list[dict
     except OSError as error:
         return [str(SDRError(path, f"cannot be read: {error.strerror}"))]
     return []
-
-
-def leaks(table: dict[str, list]) -> Iterator[str]:
-    """One line for each person, and each file, that is in two splits."""
-    places = list(zip(table["split"], table["video"], strict=True))
-    for column, what in {"identity": "identity", "video_sha256": "the file of sha256"}.items():
-        yield from in_two_splits((f"{what} {v}", *place) for v, place in zip(table[column], places, strict=True))
 
 
 def count(table: dict[str, list]) -> tuple[Count, ...]:

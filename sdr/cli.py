@@ -63,7 +63,7 @@ def build_parser():
     prepare.add_argument("--methods", type=list[str] | None, help="manipulations to read; default: all there are")
     prepare.add_argument("--workers", type=int, default=2, help="processes that decode, find faces and cut")
     prepare.add_argument("--max_bad", type=float, default=0.01, help="share of unusable videos that is accepted")
-    prepare.add_argument("--retry", action="store_true", help="try again the videos that were found unusable")
+    prepare.add_argument("--retry", action="store_true", help="try again what was unusable, cut anew what has changed")
     prepare.add_class_arguments(PrepareConfig)
     add_face_arguments(prepare)
     commands.add_subcommand("prepare", prepare)
@@ -139,8 +139,7 @@ def run_synth(options) -> int:
 
 def run_train(options) -> int:
     from sdr.checkpoint import WeightsInfo
-    from sdr.clip_cache import ClipCache
-    from sdr.datasets import in_two_splits
+    from sdr.clip_cache import ClipCache, leaks, read_manifest
     from sdr.train import TrainConfig, train
 
     config = settings(TrainConfig, options)
@@ -148,8 +147,8 @@ def run_train(options) -> int:
     require("prepare", "train")
     data = ClipCache(options.data, split="train", methods=options.methods)
     validation = ClipCache(options.data, split="val", methods=options.methods) if "val" in data.splits else None
-    records = [*data.records, *(validation.records if validation else ())]
-    for leak in in_two_splits((f"identity {r.identity}", r.split, str(r.path)) for r in records):
+    table = read_manifest(data.folder, ("identity", "video_sha256", "split", "video"))
+    for leak in leaks(table, ("train", "val")):
         raise SDRError(options.data, leak, "its validation would say nothing")
     synthetic = data.settings.get("synthetic", False)
     kind = "synthetic matched-marginals" if synthetic else data.settings.get("layout", "cached")
@@ -160,8 +159,7 @@ def run_train(options) -> int:
         def report(step: int, steps: int, figures: dict[str, float]) -> None:
             bars.update(bar, completed=step, total=steps, loss=figures["total"])
 
-        with refusals():
-            weights, metrics = train(config, data, validation, options.out, info=info, device=device, report=report)
+        weights, metrics = train(config, data, validation, options.out, info=info, device=device, report=report)
     for name, value in metrics.items():
         print(f"validation {name}: {value:.4f}")
     if synthetic:

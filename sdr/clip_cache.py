@@ -18,7 +18,7 @@ import json
 import math
 import os
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,12 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdr.datasets import Record
+from sdr.config import check_count
+from sdr.datasets import SPLITS, Record, in_two_splits, read_json
 from sdr.errors import SDRError, escape
 from sdr.files import atomic_file
 
 SETTINGS, MANIFEST, REPORT, SHARDS = "prepare.json", "manifest.parquet", "unusable.csv", "shards"
 MANIFEST_ROWS = 65536  # of a row group
+ROW_BYTES = 1 << 20  # of a clip's JSON, at most
 COLUMNS = {  # of the manifest, and PyArrow's name of their type
     "video": "string",
     "label": "int8",
@@ -44,10 +46,12 @@ COLUMNS = {  # of the manifest, and PyArrow's name of their type
     "track": "int32",
     "tracks": "int32",
     "chosen_by": "string",
+    "left_out": "int32",
     "transform": "list<float64>",
     "detector": "string",
     "decoder": "string",
     "settings": "string",
+    "source": "string",
     "sha256": "string",
     "shard": "string",
     "offset": "int64",
@@ -100,13 +104,17 @@ def read_shard(path: Path, shape: tuple[int, ...]) -> list[dict]:
     try:
         with tarfile.open(path, "r:") as tar:
             members = tar.getmembers()
+            if not members:
+                raise ValueError("it is empty")
             for clip, row in zip(members[::2], members[1::2], strict=True):
-                if tar.extractfile(clip).read(len(header)) != header or clip.size != len(header) + math.prod(shape):
+                if not (clip.isreg() and row.isreg() and row.size <= ROW_BYTES):
+                    raise ValueError(f"{clip.name} or {row.name} is no file of ours")
+                if clip.size != len(header) + math.prod(shape) or tar.extractfile(clip).read(len(header)) != header:
                     raise ValueError(f"{clip.name} is no clip of {list(shape)}")
                 rows.append(json.load(tar.extractfile(row)) | {"offset": clip.offset_data + len(header)})
     except OSError as error:
         raise SDRError(path, f"cannot be read: {error.strerror or error}") from error
-    except (tarfile.TarError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, TypeError, RecursionError) as error:
         raise SDRError(path, f"is no shard of clips: {error}") from error
     return rows
 
@@ -144,20 +152,43 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> dict[st
         raise SDRError(path, f"cannot be read: {str(error).splitlines()[0]}") from error
     if missing := set(columns or COLUMNS) - set(table.column_names):
         raise SDRError(path, f"has no column {', '.join(sorted(missing))}")
-    return table.to_pydict()
+    columns = table.to_pydict()
+    check_manifest(path, columns)
+    return columns
+
+
+def check_manifest(path: Path, table: dict[str, list]) -> None:
+    """Raise SDRError where a column holds what `sdr prepare` never writes; a shard must lie in the cache."""
+    sound = {
+        "label": lambda value: value in (0, 1),
+        "split": lambda value: value in SPLITS,
+        "shard": lambda value: value.startswith(f"{SHARDS}/") and ".." not in value.split("/") and "\0" not in value,
+        "offset": lambda value: value >= 0,
+    }
+    for name, values in table.items():
+        rule = sound.get(name, lambda value: True)
+        if not all(value is not None and rule(value) for value in values):
+            raise SDRError(path, f"is damaged: its column {name} holds what sdr prepare never writes")
+
+
+def leaks(table: dict[str, list], splits: Sequence[str] = SPLITS) -> Iterator[str]:
+    """One line for each person, and each file, that is in two of these splits."""
+    for column, what in {"identity": "identity", "video_sha256": "the file of sha256"}.items():
+        rows = zip(table[column], table["split"], table["video"], strict=True)
+        yield from in_two_splits((f"{what} {value}", split, video) for value, split, video in rows if split in splits)
 
 
 def read_settings(folder: Path) -> dict:
     """What ``prepare.json`` holds; raises SDRError where it is missing or broken."""
     path = folder / SETTINGS
+    if not path.exists():
+        raise SDRError(folder, f"is no clip cache: it has no {SETTINGS}")
+    found = read_json(path)
     try:
-        found = json.loads(path.read_bytes())
-    except OSError as error:
-        raise SDRError(folder, f"is no clip cache: {SETTINGS} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), int) for name in ("num_frames", "size")):
-        raise SDRError(path, "is damaged")
+        for name in ("num_frames", "size"):
+            check_count(name, found[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SDRError(path, f"is damaged: {error}") from error
     return found
 
 
@@ -190,7 +221,7 @@ class ClipCache:
         names = ("video", "label", "method", "split", "identity", "clip", "shard", "offset")
         table = read_manifest(self.folder, names)
         if unknown := set(methods or ()) - set(table["method"]):
-            raise SDRError(self.folder, f"has no clip of the method {', '.join(sorted(unknown))}")
+            raise SDRError(self.folder, f"has no clip of the method {escape(', '.join(sorted(unknown)))}")
         self.splits = frozenset(table["split"])
         rows = [
             i

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ import torch
 from sdr.clip_cache import SHARDS, write_shard
 from sdr.config import check_choice, check_count
 from sdr.datasets import Record
-from sdr.decoding import Limits
-from sdr.detectors import load_detector
+from sdr.decoding import DECODERS, DecoderName, Limits
+from sdr.detectors import Detector, load_detector
 from sdr.errors import SDRError, escape
 from sdr.faces import ClipPlan, Track, cut_clips, detect_faces, plan_clips, track_faces, why_no_clip
 from sdr.files import make_folder, write_atomic
 from sdr.frame_lists import open_frames
 from sdr.layouts import frame_gap_reason
-from sdr.video import open_video
+from sdr.video import Video, open_video, sample_clips
 
 NAME_LENGTH = 60  # characters of a shard's name that are the video's own; a hash tells the rest
 
@@ -45,7 +45,7 @@ class PrepareConfig:
     stride: int = 32
     min_frames: int = 8
     clips_per_video: int | None = None
-    decoder: Literal["pyav", "dali", "auto"] = "pyav"
+    decoder: DecoderName = "pyav"
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class PrepareConfig:
             check_count(name, getattr(self, name))
         if self.clips_per_video is not None:
             check_count("clips_per_video", self.clips_per_video)
-        check_choice("decoder", self.decoder, ("pyav", "dali", "auto"))
+        check_choice("decoder", self.decoder, DECODERS)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,14 @@ class Job:
 
     def name(self, record: Record) -> str:
         """The video's path in the dataset."""
-        inside = record.path.is_relative_to(self.root)
-        return escape(record.path.relative_to(self.root) if inside else record.path)
+        path, root = os.path.abspath(record.path), os.path.abspath(self.root)
+        return escape(os.path.relpath(path, root) if Path(path).is_relative_to(root) else path)
+
+    def source(self, record: Record) -> str:
+        """A digest of what the clips are cut from: the record, and the file's size. Another one means other clips."""
+        parts = (record.label, record.identity, record.mask and record.mask.name, [f.name for f in record.frames])
+        size = os.path.getsize(record.path) if os.path.isfile(record.path) else 0
+        return hashlib.sha256(json.dumps([self.name(record), *parts, size]).encode()).hexdigest()
 
     def shard(self, record: Record) -> str:
         """The tar of the video's clips, relative to the cache: a name for any file system, its own for every record."""
@@ -97,30 +103,46 @@ class Job:
 def cut_record(record: Record, job: Job) -> str:
     """Write the clips of a video, or the reason why there are none; returns the reason, "" for clips.
 
+    A reason that is the video's own is kept, so that it is not looked for again; one of the machine is not.
+
     Raises:
-        SDRError: the cache cannot be written.
+        SDRError: the cache cannot be written, or the detector not be loaded.
     """
-    shard = job.out / job.shard(record)
+    shard, verdict = job.out / job.shard(record), job.verdict(record)
     make_folder(shard.parent)
+    detector = worker_detector(job.detector, job.weights)
     try:
-        reason = frame_gap_reason(record.frames) if record.frames else ""
-        if not reason:
-            write_shard(shard, record_clips(record, job))
+        if record.frames and (reason := frame_gap_reason(record.frames)):
+            raise SDRError(record.path, reason)
+        write_shard(shard, sheltered(record_clips(record, job, detector)))
     except SDRError as error:
         if error.file == shard:
             raise
-        own = error.file == record.path
-        reason = error.reason if own else str(error)
-    except (RuntimeError, MemoryError) as error:  # of a library
-        reason = escape(f"{type(error).__name__}: {error}".splitlines()[0])
-    if reason:
-        write_atomic(job.verdict(record), json.dumps({"video": job.name(record), "reason": reason}) + "\n")
-    else:
-        job.verdict(record).unlink(missing_ok=True)  # of an earlier attempt
-    return reason
+        reason = error.reason if error.file == record.path else str(error)
+        shard.unlink(missing_ok=True)  # of what the video was before
+        write_atomic(verdict, json.dumps({"reason": reason, "source": job.source(record)}) + "\n")
+        return reason
+    except MachineError as error:
+        return escape(str(error))
+    verdict.unlink(missing_ok=True)  # of an earlier attempt
+    return ""
 
 
-def record_clips(record: Record, job: Job) -> Iterator[tuple[dict, np.ndarray]]:
+class MachineError(Exception):
+    """A video's failure that lies in the machine or a library, not in the video."""
+
+
+def sheltered(clips: Iterator) -> Iterator:
+    """The clips; an error that is not ours becomes a MachineError, so that it is not taken for one of writing."""
+    try:
+        yield from clips
+    except SDRError:
+        raise
+    except Exception as error:  # ONNX Runtime's errors have no base class of their own
+        raise MachineError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def record_clips(record: Record, job: Job, detector: Detector) -> Iterator[tuple[dict, np.ndarray]]:
     """Rows of the manifest and clips, [T, S, S, 3] uint8, of the one face that a record's label speaks of.
 
     Raises:
@@ -128,20 +150,17 @@ def record_clips(record: Record, job: Job) -> Iterator[tuple[dict, np.ndarray]]:
     """
     config = job.config
     with open_record(record, config) as video:
-        found = detect_faces(video, worker_detector(job.detector, job.weights), cache=job.detections)
+        found = detect_faces(video, detector, cache=job.detections)
         if found.damage:
             raise SDRError(record.path, f"damaged: {found.damage}")
         tracks = track_faces(found.faces)
-        number, chosen_by = choose_track(tracks, record, config)
-        plans = plan_clips(
-            tracks[number : number + 1],
-            num_frames=config.num_frames,
-            stride=config.stride,
-            size=config.size,
-            min_frames=config.min_frames,
-        )
+        number, chosen_by = choose_track(tracks, record, video)
+        chosen = tracks[number : number + 1]
+        shape = {"num_frames": config.num_frames, "stride": config.stride}
+        plans = plan_clips(chosen, **shape, size=config.size, min_frames=config.min_frames)
         if not plans:
-            raise SDRError(record.path, why_no_clip(found.frames_read, tracks, config.min_frames))
+            raise SDRError(record.path, why_no_clip(found.frames_read, chosen, config.min_frames))
+        left_out = len(sample_clips(len(chosen[0].scores), **shape)) - len(plans)
         plans = spread(plans, config.clips_per_video)
         shared = {
             "video": job.name(record),
@@ -153,9 +172,11 @@ def record_clips(record: Record, job: Job) -> Iterator[tuple[dict, np.ndarray]]:
             "track": number,
             "tracks": len(tracks),
             "chosen_by": chosen_by,
+            "left_out": left_out,  # clips of the track whose points resemble no face
             "detector": job.settings["detector"],
             "decoder": video.decoder,
             "settings": json.dumps(job.settings),
+            "source": job.source(record),
             "shard": job.shard(record),
         }
         for index, clip in cut_clips(video, plans, config.size):
@@ -177,38 +198,46 @@ def spread(plans: Sequence[ClipPlan], most: int | None) -> Sequence[ClipPlan]:
     return [plans[i] for i in np.linspace(0, len(plans) - 1, most).round().astype(int)]
 
 
-def choose_track(tracks: Sequence[Track], record: Record, config: PrepareConfig) -> tuple[int, str]:
+def choose_track(tracks: Sequence[Track], record: Record, video: Video) -> tuple[int, str]:
     """Which face is meant, and what told it: ``mask`` or ``longest``.
 
     A fake's label speaks of the manipulated face: where the dataset has a mask and there are several tracks, the one
     whose boxes hold most of it. Else the longest is taken, the earlier of equals.
 
+    Args:
+        tracks: of the video.
+        record: of the video.
+        video: once it was read.
+
     Raises:
-        SDRError: the mask cannot be read, or holds nothing in any track.
+        SDRError: the mask cannot be read, is not the video's, or holds nothing in any track.
     """
     lengths = [len(track.scores) for track in tracks]
     if len(tracks) < 2 or record.mask is None:
         return int(np.argmax(lengths)) if tracks else 0, "longest"
     held = np.zeros(len(tracks))  # mask in each track's boxes, over all frames
-    with open_video(record.mask, limits=config.limits) as video:
-        for number, (_, frame) in enumerate(video.frames()):
+    with open_video(record.mask, limits=video.limits) as mask:
+        sides = [(info.width, info.height) for info in (mask.info, video.info)]
+        for number, (_, frame) in enumerate(mask.frames()):
             for t, track in enumerate(tracks):
                 if track.start <= number < track.start + lengths[t]:
                     left, top, right, bottom = track.boxes[number - track.start].round().astype(int).clip(0)
                     held[t] += frame[top:bottom, left:right, 0].sum(dtype=np.int64)
-        if video.damage:
-            raise SDRError(record.mask, f"damaged: {video.damage}")
+        if mask.damage:
+            raise SDRError(record.mask, f"damaged: {mask.damage}")
+        if sides[0] != sides[1] or mask.frames_read < max(t.start + n for t, n in zip(tracks, lengths, strict=True)):
+            raise SDRError(record.mask, "is not of its video: it has other sides, or fewer frames")
     if not held.any():
         raise SDRError(record.mask, "marks no face that was found")
     return int(held.argmax()), "mask"
 
 
-DETECTORS: dict[tuple[str, str | None], Callable] = {}
+DETECTORS: dict[tuple[str, str | None], Detector] = {}
 
 
-def worker_detector(name: str, weights: str | None) -> Callable:
-    """This process's detector, loaded once."""
+def worker_detector(name: str, weights: str | None) -> Detector:
+    """This process's detector, loaded once; on one thread, as there are other processes."""
     if (name, weights) not in DETECTORS:
         torch.set_num_threads(1)
-        DETECTORS[name, weights] = load_detector(name, weights=weights)
+        DETECTORS[name, weights] = load_detector(name, weights=weights, threads=1)
     return DETECTORS[name, weights]

@@ -181,12 +181,14 @@ def plan_clips(
 
 
 def why_no_clip(frames: int, tracks: Sequence[Track], min_frames: int) -> str:
-    """One phrase: what keeps a readable video from giving a clip."""
+    """One phrase: what keeps a readable video, of which these tracks were to be cut, from giving a clip."""
     if frames < min_frames:
         return f"too few frames: {frames}, at least {min_frames} are needed"
     if not tracks:
         return f"no face in {frames} frames"
     longest = max(len(track.boxes) for track in tracks)
+    if longest >= min_frames:
+        return "the points that were found resemble no face"
     return f"too few frames with a face: {longest} in a row at most, at least {min_frames} are needed"
 
 

@@ -3,15 +3,19 @@
 import csv
 import io
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from sdr.errors import SDRError
 
-TEMPORARY = ".tmp"  # ends the name of a file that is not yet whole
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that :func:`atomic_file` was writing when it was killed."""
+    return re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name) is not None
 
 
 @contextmanager
@@ -20,14 +24,14 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
     Raises:
         SDRError: the folder is missing, full or not writable, or ``path`` is something other than a regular file; its
-            ``file`` is ``path``. What else the block raises is passed on; nothing is left behind.
+            ``file`` is ``path``. An OSError of the block is taken for one of writing, what else it raises is passed on.
     """
     path = Path(path)
     if os.path.lexists(path) and not os.path.isfile(path):
         raise SDRError(path, "is not a regular file, so it is not replaced")
     temporary = None
     try:
-        name = path.parent / f".{secrets.token_hex(8)}{TEMPORARY}"
+        name = path.parent / f".{secrets.token_hex(8)}.tmp"
         with open(name, "xb") as file:  # not mkstemp, whose files nobody else may read
             temporary = name
             yield file
@@ -40,7 +44,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise SDRError(path, f"cannot be written: {error.strerror}") from error
     finally:
         if temporary is not None:
-            os.unlink(temporary)
+            with suppress(FileNotFoundError):  # the folder itself may be gone
+                os.unlink(temporary)
 
 
 def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:

@@ -133,7 +133,8 @@ class TrainingLoader:
     """Endless batches of augmented views, epoch after epoch, from where ``load_state_dict`` says.
 
     Batches are read and, with DALI, augmented ahead; the state counts those that were given out. What comes is a
-    function of the cache, the configurations and the seed: not of ``readers``, ``ahead`` or where a run was resumed.
+    function of the cache, the seed, the augmentation and its parameters: not of ``readers``, ``ahead``, the number of
+    processes or where a run was resumed.
 
     Args:
         cache: the clips.
@@ -183,11 +184,9 @@ class TrainingLoader:
     def state_dict(self) -> dict:
         """The next batch, and what decides which clips it holds."""
         order = {"seed": self.seed, "batch_size": 2 * self.batches.half, "num_views": self.num_views}
-        order |= {
-            "clips_per_video": self.config.clips_per_video,
-            "cache": self.cache.digest,
-            "tpa": json.dumps(asdict(self.tpa), default=sorted),
-        }
+        order |= {"clips_per_video": self.config.clips_per_video, "cache": self.cache.digest}
+        order |= {"augmentation": self.augmentation, "dtype": str(self.dtype)}
+        order |= {"tpa": json.dumps(asdict(self.tpa), default=sorted)}
         return {"epoch": self.epoch, "index": self.index, "order": order}
 
     def load_state_dict(self, state: dict) -> None:
@@ -200,7 +199,10 @@ class TrainingLoader:
             before = state["order"].get(name)
             if before != value:
                 raise SDRError("loader", f"cannot go on where it was: {name} was {before}, now it is {value}")
-        self.epoch, self.index = state["epoch"], state["index"]
+        epoch, index = state["epoch"], state["index"]
+        if epoch < 0 or not 0 <= index < len(self):
+            raise SDRError("loader", f"cannot go on where it was: there is no batch {index} of epoch {epoch}")
+        self.epoch, self.index = epoch, index
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises SDRError that names the clip where one cannot be read; the batches before it are given out first."""
@@ -249,8 +251,14 @@ class TrainingLoader:
             threads=self.config.readers,
         )
         with closing(pipeline) as batches:
-            for views in batches:
-                yield self._batch(views, waiting.popleft())
+            try:
+                for views in batches:
+                    yield self._batch(views, waiting.popleft())
+            except SDRError as error:
+                if error.file != "DALI":
+                    raise
+                clips = ", ".join(map(self.cache.name, waiting[0].indices)) if waiting else ""
+                raise SDRError("DALI", error.what, f"in the batch of {clips}") from error
 
     def _draw(self, part: "Part") -> ViewMaps:
         T, H, W, _ = self.cache.shape

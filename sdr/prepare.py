@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -22,9 +22,10 @@ from sdr.clip_cache import REPORT, SETTINGS, SHARDS, clip_shape, read_shard, wri
 from sdr.config import check
 from sdr.cutting import Job, PrepareConfig, cut_record
 from sdr.datasets import Record
+from sdr.decoding import why_no_dali
 from sdr.detectors import load_detector
 from sdr.errors import SDRError
-from sdr.files import TEMPORARY, make_folder, to_csv, write_atomic
+from sdr.files import is_temporary, make_folder, to_csv, write_atomic
 
 FORMAT = 1  # part of a cache's settings: raise it when the same videos give other clips
 REPORT_FIELDS = ("path", "label", "split", "method", "identity", "reason")
@@ -68,18 +69,22 @@ def prepare(
         detections: folder for what the detector found; None keeps none.
         workers: processes, each with one video at a time.
         max_bad: share of the videos that may be missing or unusable; the run stops above it.
-        retry: try again what an earlier run found unusable.
+        retry: try again what an earlier run found unusable, and cut anew what has changed since.
         synthetic: whether `sdr synth` wrote the videos, for the cache's settings.
         progress: called with the numbers of videos done, of all, and of those that cannot be used.
 
     Raises:
-        SDRError: the folder is in use, not ours or not writable, or over ``max_bad`` of the videos cannot be used. All
-            that was done stays, and the report tells what is wrong with which video.
+        SDRError: the folder is in use, not ours or not writable, a video is not what its clips were cut from, or over
+            ``max_bad`` of the videos cannot be used. All that was done stays, and the report tells of which video what
+            is wrong.
     """
     check(workers >= 1, "workers", "be at least 1", workers)
     check(0 <= max_bad <= 1, "max_bad", "lie in 0..1", max_bad)
     root, out = Path(root), Path(out)
+    if config.decoder == "dali" and (missing := why_no_dali(needs_gpu=False)):
+        raise SDRError("DALI", missing, "--decoder pyav")
     settings = {"format": FORMAT, "layout": layout, "synthetic": synthetic, **asdict(config)}
+    del settings["limits"]  # they change no clip, only which videos have some
     settings["detector"] = load_detector(detector, weights=weights).name
     job = Job(root, out, config, settings, detector, weights, detections)
     make_folder(out)
@@ -90,15 +95,16 @@ def prepare(
         try:
             require_usable(records, reasons, max_bad)
             progress(done, len(records), len(reasons))
-            for record, reason in cut_all(todo, job, workers):
-                if reason:
-                    reasons[record] = reason
-                done += 1
-                progress(done, len(records), len(reasons))
-                require_usable(records, reasons, max_bad)
+            with closing(cut_all(todo, job, workers)) as results:
+                for record, reason in results:
+                    if reason:
+                        reasons[record] = reason
+                    done += 1
+                    progress(done, len(records), len(reasons))
+                    require_usable(records, reasons, max_bad)
         finally:
             write_report(job, records, reasons)
-        clips = write_manifest(out, (row for record in records for row in rows_of(job, record, reasons)))
+        clips = write_manifest(out, (row for r in records if r not in reasons for row in rows_of(job, r)))
     unusable = tuple((record, reasons[record]) for record in records if record in reasons)
     return Summary(len(records) - len(unusable), clips, unusable)
 
@@ -106,15 +112,19 @@ def prepare(
 @contextmanager
 def sole_writer(out: Path) -> Iterator[None]:
     """Hold the cache's folder for this process; the lock ends with it, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
+    descriptor = None
     try:
         try:
+            descriptor = os.open(out, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise SDRError(out, "another sdr prepare is writing there") from error
+        except OSError as error:
+            raise SDRError(out, f"cannot be locked: {error.strerror}") from error
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def claim(job: Job, records: Sequence[Record]) -> None:
@@ -123,14 +133,14 @@ def claim(job: Job, records: Sequence[Record]) -> None:
     text = json.dumps(job.settings, indent=1) + "\n"
     ours = {job.out / job.shard(record) for record in records}
     try:
-        if not stamp.is_file() and any(job.out.iterdir()):
+        if not stamp.is_file() and not all(map(is_temporary, job.out.iterdir())):
             raise SDRError(job.out, "is not empty and was not written by sdr prepare", "choose a new folder")
         if stamp.is_file() and stamp.read_text(errors="replace") != text:
             raise SDRError(job.out, "holds clips of other settings or another layout", "choose a new folder")
         for path in sorted((job.out / SHARDS).rglob("*.tar")):
             if path not in ours:
                 raise SDRError(path, "is of a video that is not in this dataset or selection", "choose a new folder")
-        for path in job.out.rglob(f".*{TEMPORARY}"):
+        for path in filter(is_temporary, list(job.out.rglob(".*"))):
             path.unlink()
     except OSError as error:
         raise SDRError(job.out, f"cannot be used: {error.strerror}") from error
@@ -139,19 +149,38 @@ def claim(job: Job, records: Sequence[Record]) -> None:
 
 
 def survey(job: Job, records: Sequence[Record], *, retry: bool) -> tuple[dict[Record, str], list[Record]]:
-    """The videos that cannot be used, each with its reason, and those that are still to be cut."""
+    """The videos that cannot be used, each with its reason, and those that are still to be cut.
+
+    Raises:
+        SDRError: a video is not the one that its clips were cut from, and is not to be cut anew.
+    """
     reasons, todo = {}, []
     for record in records:
-        verdict = job.verdict(record)
-        if (job.out / job.shard(record)).is_file():
-            continue
+        verdict, done = job.verdict(record), (job.out / job.shard(record)).is_file()
+        if done:
+            verdict.unlink(missing_ok=True)  # a kill came between the clips and its removal
         if not os.path.exists(record.path):
-            reasons[record] = "no such file"
-        elif verdict.is_file() and not retry:
-            reasons[record] = json.loads(verdict.read_bytes())["reason"]
+            if not done:
+                reasons[record] = "no such file"
+        elif done and rows_of(job, record)[0]["source"] == job.source(record):
+            continue
+        elif done and not retry:
+            what = "its file, label, identity, mask or frames are not those that its clips were cut from"
+            raise SDRError(record.path, what, "--retry cuts it anew")
+        elif not done and not retry and (reason := known_reason(verdict, job.source(record))):
+            reasons[record] = reason
         else:
             todo.append(record)
     return reasons, todo
+
+
+def known_reason(verdict: Path, source: str) -> str:
+    """Why an earlier run found this video unusable; "" where it did not, or the video is another now."""
+    try:
+        found = json.loads(verdict.read_bytes())
+        return found["reason"] if found["source"] == source else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def require_usable(records: Sequence[Record], reasons: dict[Record, str], max_bad: float) -> None:
@@ -168,9 +197,17 @@ def cut_all(records: Sequence[Record], job: Job, workers: int) -> Iterator[tuple
     try:
         futures = {pool.submit(cut_record, record, job): record for record in records}
         for future in as_completed(futures):
-            yield futures.pop(future), future.result()
-    except BrokenProcessPool as error:
-        raise SDRError("workers", "one was killed, most likely for want of memory", "fewer --workers") from error
+            record = futures.pop(future)
+            try:
+                reason = future.result()
+            except BrokenProcessPool as error:
+                hint = "fewer --workers"
+                raise SDRError("workers", "one was killed, most likely for want of memory", hint) from error
+            except Exception as error:
+                if isinstance(error, SDRError):
+                    raise
+                raise SDRError(record.path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+            yield record, reason
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -187,10 +224,8 @@ def begin_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def rows_of(job: Job, record: Record, reasons: dict[Record, str]) -> list[dict]:
-    """The manifest's rows of a video; none where it cannot be used."""
-    if record in reasons:
-        return []
+def rows_of(job: Job, record: Record) -> list[dict]:
+    """The manifest's rows of a video that was cut."""
     try:
         return read_shard(job.out / job.shard(record), clip_shape(job.settings))
     except SDRError as error:

@@ -31,6 +31,7 @@ def run_prepare(options) -> int:
     require("faces", "prepare")
     config = settings(PrepareConfig, options)
     root = Path(options.root)
+    folder = root if root.is_dir() else root.parent
     splits = None if options.splits is None else Path(options.splits)
     records = read_layout(options.layout, root, splits=splits, compression=options.compression, methods=options.methods)
     records = [record for record in records if options.split is None or record.split in options.split]
@@ -41,7 +42,7 @@ def run_prepare(options) -> int:
     with progress_bars("{task.fields[rate]}", "{task.fields[bad]} unusable") as bars, refusals():
         summary = prepare(
             records,
-            root if root.is_dir() else root.parent,
+            folder,
             options.out,
             config,
             layout=options.layout,
@@ -51,7 +52,7 @@ def run_prepare(options) -> int:
             workers=options.workers,
             max_bad=options.max_bad,
             retry=options.retry,
-            synthetic=is_synthetic(root),
+            synthetic=is_synthetic(folder),
             progress=video_bar(bars),
         )
     for record, reason in summary.unusable:
@@ -91,6 +92,7 @@ def video_bar(bars: Progress) -> Callable[[int, int, int], None]:
 def run_check(options) -> int:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sdr.cache_check import check_cache
 
@@ -103,7 +105,7 @@ def run_check(options) -> int:
         )
     table = Table("split", "method", "label", "videos", "clips")
     for count in report.counts:
-        table.add_row(*map(str, count))
+        table.add_row(*(Text(escape(str(value))) for value in count))
     Console().print(table)
     for problem in report.problems:
         print(f"sdr prepare: {problem}", file=sys.stderr)

@@ -23,7 +23,7 @@ import numpy as np
 
 from sdr.datasets import SPLITS, SYNTH_METHODS, SYNTH_SETTINGS
 from sdr.errors import SDRError
-from sdr.files import make_folder, write_atomic
+from sdr.files import is_temporary, make_folder, write_atomic
 from sdr.portraits import CARPHONE_FRAMES, CLEAR_FACES, PATCH, Base, Role, base_video, grid, invert, smooth, transform
 from sdr.synth_layouts import DEFAULT_CRF, LAYOUTS, Film, frame_files, id_pairs, plan_films, split_files, video_list
 
@@ -212,7 +212,7 @@ def _claim(out: Path, settings: dict) -> None:
     make_folder(out)
     stamp = out / SYNTH_SETTINGS
     text = json.dumps(settings, indent=1) + "\n"
-    if any(out.iterdir()):
+    if not all(map(is_temporary, out.iterdir())):
         if not stamp.is_file():
             raise SDRError(out, "is not empty and was not written by sdr synth", "choose a new folder")
         if stamp.read_text(errors="replace") != text:

@@ -10,20 +10,27 @@ from sdr.clip_cache import SETTINGS, clip_shape, read_shard, write_manifest, wri
 T, S = 8, 16
 
 
-def flicker(rng: np.random.Generator, label: int) -> np.ndarray:
-    """Real: one random frame, held still. Fake: the same kind of frame, every second one brighter. [T, S, S, 3]."""
-    clip = np.repeat(rng.integers(60, 180, (1, S, S, 3)), T, axis=0)
+def flicker(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
+    """Real: one random frame, held still. Fake: every second frame of such a clip is brighter. [T, size, size, 3]."""
+    clip = np.repeat(rng.integers(60, 180, (1, size, size, 3)), T, axis=0)
     if label:
         clip[::2] += 60
     return clip.astype(np.uint8)
 
 
 def make_cache(
-    folder: Path, *, real: int = 4, fake: int = 4, clips: int = 1, splits: tuple[str, ...] = ("train",), seed: int = 0
+    folder: Path,
+    *,
+    real: int = 4,
+    fake: int = 4,
+    clips: int = 1,
+    size: int = S,
+    splits: tuple[str, ...] = ("train",),
+    seed: int = 0,
 ) -> Path:
     """A cache of ``real`` + ``fake`` videos of ``clips`` clips in each split, in turns; clips as ``flicker`` draws."""
     folder.mkdir(parents=True)
-    settings = {"layout": "csv", "synthetic": True, "num_frames": T, "size": S}
+    settings = {"layout": "csv", "synthetic": True, "num_frames": T, "size": size}
     (folder / SETTINGS).write_text(json.dumps(settings))
     rng = np.random.default_rng(seed)
     rows = []
@@ -41,6 +48,8 @@ def make_cache(
                 "track": 0,
                 "tracks": 1,
                 "chosen_by": "longest",
+                "left_out": 0,
+                "source": "",
                 "transform": [1.0, 0, 0, 0, 1, 0],
                 "detector": "none",
                 "decoder": "none",
@@ -49,7 +58,7 @@ def make_cache(
             }
             path = folder / row["shard"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_shard(path, ((row | {"clip": c}, flicker(rng, label)) for c in range(clips)))
+            write_shard(path, ((row | {"clip": c}, flicker(rng, label, size)) for c in range(clips)))
             rows += read_shard(path, clip_shape(settings))
     write_manifest(folder, rows)
     return folder

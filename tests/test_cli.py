@@ -220,7 +220,7 @@ def test_bad_usage_is_code_2(arguments, capsys):
         ("train --data x --out y --loss.ce -1", "ce must not be negative"),
         ("train --data x --out y --tpa.hue 7", "hue must lie in [0, 0.5]"),
         ("train --data x --out y --batch_size 3", "batch_size must be even"),
-        ("train --data x --out y", "x: is no clip cache: prepare.json cannot be read: No such file or directory"),
+        ("train --data x --out y", "x: is no clip cache: it has no prepare.json"),
         ("prepare x --layout ffpp --out y", "x: "),
         ("prepare --check x", "x: is no clip cache"),
         ("synth o --identities -3", "identities must"),

@@ -20,7 +20,7 @@ import video_files
 from sdr import SDRError
 from sdr.cache_check import check_cache
 from sdr.cli import main
-from sdr.clip_cache import ClipCache, read_manifest, read_shard, write_shard
+from sdr.clip_cache import ClipCache, read_manifest, read_shard, write_manifest, write_shard
 from sdr.cutting import Job, PrepareConfig, choose_track, cut_record
 from sdr.datasets import Record
 from sdr.detectors import Faces, load_detector
@@ -130,7 +130,7 @@ def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, layout)
     shards: set[str] = set()
     for _ in range(3):
         process = start(*command)
-        time.sleep(chance.uniform(0.3, 0.8) * seconds)
+        time.sleep(chance.uniform(0.1, 0.9) * seconds)
         family = children(process.pid)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -210,7 +210,8 @@ def test_shards_open_as_tars_of_numpy_arrays(finished):
         assert [name.split(".")[1] for name in names] == ["npy", "json"] * (len(names) // 2)
         clip = np.load(io.BytesIO(tar.extractfile(names[0]).read()))
     assert (clip.shape, clip.dtype) == ((T, SIZE, SIZE, 3), np.uint8)
-    assert np.array_equal(clip, next(c for c in [ClipCache(finished)] for c in [c.read(place(c, path))]))
+    cache = ClipCache(finished)
+    assert np.array_equal(clip, cache.read(place(cache, path)))
 
 
 def place(cache: ClipCache, path: Path) -> int:
@@ -240,34 +241,50 @@ def mask_of_the_right(tmp_path) -> Path:
     return tmp_path / "mask.mp4"
 
 
-def test_the_mask_tells_the_face(tmp_path, mask_of_the_right):
-    left, right = track(0, 12, 2), track(2, 9, 34)
-    config = PrepareConfig()
-    assert choose_track([left, right], record(tmp_path), config) == (0, "longest")
-    assert choose_track([right, left], record(tmp_path), config) == (1, "longest")
-    for tracks, index in (([left, right], 1), ([right, left], 0), ([left, track(0, 3, 34), right], 2)):
-        assert choose_track(tracks, record(tmp_path, mask=mask_of_the_right), config) == (index, "mask")
-    assert choose_track([left], record(tmp_path, mask=mask_of_the_right), config) == (0, "longest")
-
-
-def test_equal_tracks_give_the_first(tmp_path):
-    assert choose_track([track(0, 5, 2), track(0, 5, 34)], record(tmp_path), PrepareConfig()) == (0, "longest")
-
-
-def test_a_mask_that_tells_nothing_is_an_error(tmp_path, mask_of_the_right):
-    with pytest.raises(SDRError, match=r"mask\.mp4: marks no face that was found"):
-        choose_track([track(0, 12, 0), track(0, 3, 0)], record(tmp_path, mask=mask_of_the_right), PrepareConfig())
-    (tmp_path / "text.mp4").write_text("no video")
-    with pytest.raises(SDRError, match=r"text\.mp4: "):
-        choose_track([track(0, 12, 0)] * 2, record(tmp_path, mask=tmp_path / "text.mp4"), PrepareConfig())
-
-
-def test_one_face_of_two_is_cut(tmp_path, mask_of_the_right, monkeypatch):
-    """With the mask, the right face; what is said of it stands in the row."""
+@pytest.fixture
+def two_faces(tmp_path):
+    """12 frames of the mask's size, dark on the left and light on the right."""
     pictures = [np.full((48, 64, 3), 40, np.uint8) for _ in range(12)]
     for picture in pictures:
         picture[:, 32:] = 200
     video_files.encode(tmp_path / "two.mp4", pictures)
+    with open_video(tmp_path / "two.mp4") as video:
+        yield video
+
+
+def test_the_mask_tells_the_face(two_faces, mask_of_the_right):
+    left, right = track(0, 12, 2), track(2, 9, 34)
+    plain, masked = record(two_faces.path), record(two_faces.path, mask=mask_of_the_right)
+    assert choose_track([left, right], plain, two_faces) == (0, "longest")
+    assert choose_track([right, left], plain, two_faces) == (1, "longest")
+    for tracks, index in (([left, right], 1), ([right, left], 0), ([left, track(0, 3, 34), right], 2)):
+        assert choose_track(tracks, masked, two_faces) == (index, "mask")
+    assert choose_track([left], masked, two_faces) == (0, "longest")
+
+
+def test_equal_tracks_give_the_first(two_faces):
+    assert choose_track([track(0, 5, 2), track(0, 5, 34)], record(two_faces.path), two_faces) == (0, "longest")
+
+
+@pytest.mark.parametrize("wrong", ["elsewhere", "no video", "smaller", "shorter"])
+def test_a_mask_that_tells_nothing_is_an_error(tmp_path, two_faces, mask_of_the_right, wrong):
+    picture, mask = np.full((48, 64, 3), 255, np.uint8), tmp_path / "other.mp4"
+    tracks, message = [track(0, 12, 2), track(0, 3, 34)], "is not of its video"
+    if wrong == "elsewhere":
+        tracks, mask, message = [track(0, 12, 0), track(0, 3, 0)], mask_of_the_right, "marks no face that was found"
+    elif wrong == "no video":
+        mask.write_text("text")
+        message = ""
+    elif wrong == "smaller":
+        video_files.encode(mask, [picture[:24, :32]] * 12)
+    else:
+        video_files.encode(mask, [picture] * 11)
+    with pytest.raises(SDRError, match=f"{mask.name}: {message}"):
+        choose_track(tracks, record(two_faces.path, mask=mask), two_faces)
+
+
+def test_one_face_of_two_is_cut(tmp_path, two_faces, mask_of_the_right, monkeypatch):
+    """With the mask, the right face; what is said of it stands in the row."""
     points = np.float32([(5, 5), (15, 5), (10, 10), (6, 15), (14, 15)])
 
     class Two:
@@ -291,6 +308,64 @@ def test_one_face_of_two_is_cut(tmp_path, mask_of_the_right, monkeypatch):
         ] * 3
         centre = np.frombuffer(path.read_bytes(), np.uint8)[rows[0]["offset"] + 3 * (8 * 16 + 8)]
         assert abs(int(centre) - (200 if number else 40)) < 8
+
+
+def job_of(tmp_path: Path, **config) -> Job:
+    config = PrepareConfig(num_frames=4, size=16, stride=4, **config)
+    return Job(tmp_path, tmp_path / "cache", config, {"detector": "fake"}, "fake", None, None)
+
+
+def fake_detector(call):
+    """A detector of one face at the same place, whose calls go through ``call`` first."""
+
+    class Fake:
+        name = "fake"
+
+        def __call__(self, frame):
+            call(frame)
+            points = np.float32([[(5, 5), (15, 5), (10, 10), (6, 15), (14, 15)]])
+            return Faces(np.float32([(2, 10, 22, 30)]), points + 10, np.float32([0.9]))
+
+    return lambda name, weights: Fake()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), IndexError("no such axis"), MemoryError()], ids=str
+)
+def test_a_fault_of_the_machine_is_told_and_not_kept(tmp_path, two_faces, monkeypatch, error):
+    """It is no error of writing, ends no run, and the video is tried again."""
+
+    def fail(frame):
+        raise error
+
+    job, video = job_of(tmp_path), record(two_faces.path)
+    monkeypatch.setattr("sdr.cutting.worker_detector", fake_detector(fail))
+    assert cut_record(video, job).startswith(f"{type(error).__name__}: ")
+    assert [p for p in job.out.rglob("*") if p.is_file()] == []
+    monkeypatch.setattr("sdr.cutting.worker_detector", fake_detector(lambda frame: None))
+    assert cut_record(video, job) == ""
+    assert len(read_shard(job.out / job.shard(video), (4, 16, 16, 3))) == 3
+
+
+def test_points_that_are_no_face_are_the_reason(tmp_path, two_faces, monkeypatch):
+    job, video = job_of(tmp_path), record(two_faces.path)
+    monkeypatch.setattr("sdr.cutting.worker_detector", fake_detector(lambda frame: None))
+    monkeypatch.setattr("sdr.faces.similarity_transform", lambda *a: (_ for _ in ()).throw(ValueError("one point")))
+    assert cut_record(video, job) == "the points that were found resemble no face"
+
+
+def test_names_do_not_depend_on_how_a_path_was_typed(tmp_path, monkeypatch):
+    (tmp_path / "lists").mkdir()
+    monkeypatch.chdir(tmp_path / "lists")
+    names = {
+        job_of(root).name(record(path))
+        for root, path in (
+            (tmp_path / "lists", tmp_path / "a.mp4"),
+            (Path(), Path("../a.mp4")),
+            (Path("../lists"), tmp_path / "lists/../a.mp4"),
+        )
+    }
+    assert names == {f"{tmp_path}/a.mp4"}
 
 
 # --- what is wrong with it -------------------------------------------------------------------------------------------
@@ -337,14 +412,27 @@ def test_bad_videos_are_reported_and_nothing_else_is_lost(videos, detections, tm
     table = read_manifest(out)
     assert len(set(table["video"])) == count
     assert not set(table["video"]) & set(reasons)
-    # the missing one turns up, the broken one is mended: only on request is the verdict on it taken back
+    # the missing one turns up and the broken one is mended: files that are others now are looked at again
     for name in ("gone", "broken"):
         shutil.copy(tmp_path / "000.mp4", tmp_path / f"{name}.mp4")
     assert run(videos, out, *more, "--max_bad", 0.5, layout="csv") == 1
-    assert f"of {count + 1} videos, 3 videos left out" in capsys.readouterr().out
-    assert run(videos, out, *more, "--max_bad", 0.5, "--retry", layout="csv") == 1
     assert f"of {count + 2} videos, 2 videos left out" in capsys.readouterr().out
     assert not list(out.rglob("broken-*.json"))
+
+
+def test_the_unusable_is_tried_again_on_request(videos, detections, tmp_path, capsys):
+    """A video too long for the limit; with another limit it stays unusable until --retry."""
+    out, more = tmp_path / "cache", ("--cache", detections, "--max_bad", 1)
+    with open(videos, "a") as file:
+        file.write("long.mp4,0,train\n")
+    with open_video(tmp_path / "000.mp4") as video:
+        pictures = [picture for _, picture in video.frames()]
+    video_files.encode(tmp_path / "long.mp4", pictures * 2)
+    assert run(videos, out, *more, "--limits.max_frames", 20, layout="csv") == 1
+    assert "--limits.max_frames" in capsys.readouterr().err
+    assert run(videos, out, *more, layout="csv") == 1
+    assert run(videos, out, *more, "--retry", layout="csv") == 0
+    assert len(list(out.rglob("*.json"))) == 1  # the settings
 
 
 def test_a_split_file_that_names_missing_videos(tmp_path, dataset, capsys):
@@ -392,6 +480,72 @@ def test_another_dataset_or_setting_does_not_touch_a_cache(dataset, cache, tmp_p
     assert run(dataset, tmp_path / "other") == 2
     assert "is not empty and was not written by sdr prepare" in one_line(capsys.readouterr().err)
     assert files(tmp_path / "other") == {"thesis.txt": b"precious"}
+
+
+def test_a_kill_before_the_settings_were_written(dataset, detections, tmp_path, finished):
+    out = tmp_path / "cache"
+    out.mkdir()
+    (out / ".0123456789abcdef.tmp").write_text("{")
+    assert run(dataset, out, "--cache", detections) == 0
+    assert files(out) == files(finished)
+
+
+def test_a_kill_between_the_clips_and_the_verdict_on_an_earlier_attempt(dataset, detections, cache, finished):
+    shard = sorted(cache.rglob("*.tar"))[0]
+    shard.with_suffix(".json").write_text("{}")
+    assert run(dataset, cache, "--cache", detections) == 0
+    assert files(cache) == files(finished)
+
+
+def test_a_torn_verdict_is_none(dataset, detections, cache, finished):
+    shard = sorted(cache.rglob("*.tar"))[0]
+    shard.unlink()
+    for content in ("", "{}", "[1]", '{"reason": "no", "source": "another"}'):
+        shard.with_suffix(".json").write_text(content)
+        assert run(dataset, cache, "--cache", detections) == 0
+        assert files(cache) == files(finished)
+        shard.unlink()
+
+
+@pytest.mark.parametrize("change", ["identity", "label", "file"])
+def test_a_video_that_has_changed_is_refused_or_cut_anew(videos, detections, tmp_path, change, capsys):
+    out = tmp_path / "cache"
+    assert run(videos, out, "--cache", detections, layout="csv") == 0
+    before = files(out)
+    if change == "file":
+        shutil.copy(tmp_path / "001.mp4", tmp_path / "000.mp4")
+    else:
+        lines = videos.read_text().splitlines()
+        lines = [lines[0] + ",identity", *(f"{line},x" for line in lines[1:])] if change == "identity" else lines
+        lines = [line.replace("000.mp4,0", "000.mp4,1") for line in lines] if change == "label" else lines
+        videos.write_text("\n".join(lines) + "\n")
+    if change != "label":  # which is also part of a shard's name
+        assert run(videos, out, "--cache", detections, layout="csv") == 2
+        assert "000.mp4: its file, label, identity, mask or frames are not those" in one_line(capsys.readouterr().err)
+        assert files(out) == before
+        assert run(videos, out, "--cache", detections, "--retry", layout="csv") == 0
+        table = read_manifest(out)
+        first = table["video"].index("000.mp4")
+        if change == "identity":
+            assert set(table["identity"]) == {"x"}
+        else:
+            assert table["video_sha256"][first] == table["video_sha256"][table["video"].index("001.mp4")]
+        assert check_cache(out).problems == ()
+    else:
+        assert run(videos, out, "--cache", detections, layout="csv") == 2
+        assert "is of a video that is not in this dataset" in one_line(capsys.readouterr().err)
+
+
+def test_a_limit_may_be_raised_later(dataset, detections, cache, finished):
+    assert run(dataset, cache, "--cache", detections, "--limits.max_frames", 5000) == 0
+    assert files(cache) == files(finished)
+
+
+def test_a_csv_of_synthetic_videos_is_synthetic(dataset, detections, tmp_path):
+    for number, root in enumerate((dataset, dataset / "videos.csv")):
+        out = tmp_path / f"cache{number}"
+        assert run(root, out, "--cache", detections, "--split", '["val"]', layout="csv") == 0
+        assert ClipCache(out).settings["synthetic"] is True
 
 
 def test_two_datasets_in_one_folder_are_told(tmp_path, dataset, detections, capsys):
@@ -502,6 +656,53 @@ def test_check_finds_a_wrong_shard(cache, damage):
         first = Path(shutil.copy(first, first.with_name("stray.tar")))
     (problem,) = check(cache)
     assert problem == f"{first.relative_to(cache)}: {expected}"
+
+
+def test_a_method_of_any_name_is_a_cell(cache, capsys):
+    table = read_manifest(cache)
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    write_manifest(cache, [row | {"method": "[/x]\n[red]"} for row in rows])
+    assert main(["prepare", "--check", str(cache)]) == 1  # the shards say otherwise
+    assert "[/x]\\n[red]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("shard", "shards/../../outside.tar"), ("shard", "/etc/passwd"), ("shard", "shards/a\0b"), ("shard", None),
+        ("label", 7), ("label", None), ("split", "everything"), ("offset", -5), ("identity", None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_leads_elsewhere_is_refused(cache, column, value, capsys):
+    table = read_manifest(cache)
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    write_manifest(cache, [row | {column: value} for row in rows])
+    assert main(["prepare", "--check", str(cache)]) == 2
+    assert f"its column {column} holds what sdr prepare never writes" in one_line(capsys.readouterr().err)
+    with pytest.raises(SDRError, match=f"column {column}"):
+        ClipCache(cache)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"num_frames": -1, "size": 8}', '{"num_frames": true, "size": 8}', "[1]", "{", ""]
+)
+def test_settings_that_are_none(cache, content):
+    (cache / "prepare.json").write_text(content)
+    with pytest.raises(SDRError, match=r"prepare\.json: "):
+        ClipCache(cache)
+
+
+def test_a_shard_with_a_link_in_it(tmp_path):
+    import tarfile
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.npy", "a.json"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+    with pytest.raises(SDRError, match=r"a\.tar: is no shard of clips"):
+        read_shard(tmp_path / "a.tar", (T, SIZE, SIZE, 3))
 
 
 def test_check_finds_people_and_files_in_two_splits(cache):
