@@ -18,6 +18,7 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt sdr_ke
 	touch $@
 
 define train_and_score
+	rm -rf $(DEMO)/$(1)model
 	$(BIN)/sdr train --data $(DEMO)/clips --out $(DEMO)/$(1)model $(TRAIN) $(2)
 	$(BIN)/sdr score $(DEMO)/data --truth $(DEMO)/data/videos.csv --split test \
 		--weights $(DEMO)/$(1)model/model.safetensors --out $(DEMO)/$(1)report

@@ -51,16 +51,19 @@ def build_parser():
     prepare.add_argument("root", type=str | None, nargs="?", help="folder of the dataset, or the CSV file of videos")
     prepare.add_argument("--layout", type=Literal[LAYOUTS] | None, help="of the dataset")
     prepare.add_argument("--out", type=str | None, help="folder of the cache: new, or of an earlier run")
-    prepare.add_argument("--check", type=str | None, help="only verify this cache: counts, checksums, splits")
+    prepare.add_argument("--check", metavar="CACHE", type=str | None, help="only verify it: counts, checksums, splits")
     prepare.add_argument("--splits", type=str | None, help="official split files: a file, or a folder that holds them")
-    prepare.add_argument("--split", type=list[Literal[SPLITS]] | None, help="prepare only these; default: all")
+    prepare.add_argument(
+        "--split", type=list[Literal[SPLITS]] | None, help="only these, as '[train,val]'; default: all"
+    )
     prepare.add_argument(
         "--compression",
         type=str,
         default="c23",
         help="of FaceForensics++ and DeepfakeBench's lists of it: c23, c40 or raw",
     )
-    prepare.add_argument("--methods", type=list[str] | None, help="manipulations to read; default: all there are")
+    methods = "as '[Deepfakes,FaceSwap]'; default: all there are"
+    prepare.add_argument("--methods", type=list[str] | None, help=f"manipulations to read, {methods}")
     prepare.add_argument("--workers", type=int, default=2, help="processes that decode, find faces and cut")
     prepare.add_argument("--max_bad", type=float, default=0.01, help="share of unusable videos that is accepted")
     prepare.add_argument("--retry", action="store_true", help="try again what was unusable, cut anew what has changed")
@@ -71,7 +74,7 @@ def build_parser():
     train = ArgumentParser(description="Train a model on the clips of a cache.")
     train.add_argument("--data", type=str, required=True, help="cache that sdr prepare wrote")
     train.add_argument("--out", type=str, required=True, help="folder for the weights and the log")
-    train.add_argument("--methods", type=list[str] | None, help="manipulations to train on; default: all there are")
+    train.add_argument("--methods", type=list[str] | None, help=f"manipulations to train on, {methods}")
     train.add_class_arguments(TrainConfig)
     add_device_argument(train)
     train.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -147,6 +150,8 @@ def run_train(options) -> int:
     require("prepare", "train")
     data = ClipCache(options.data, split="train", methods=options.methods)
     validation = ClipCache(options.data, split="val", methods=options.methods) if "val" in data.splits else None
+    if validation is None:
+        print("note: the cache has no split val, so that nothing is validated", file=sys.stderr)
     table = read_manifest(data.folder, ("identity", "video_sha256", "split", "video"))
     for leak in leaks(table, ("train", "val")):
         raise SDRError(options.data, leak, "its validation would say nothing")
@@ -154,10 +159,10 @@ def run_train(options) -> int:
     kind = "synthetic matched-marginals" if synthetic else data.settings.get("layout", "cached")
     info = WeightsInfo(origin=f"{config.preset}, trained on {len(data.records)} {kind} videos", synthetic=synthetic)
     with progress_bars("loss {task.fields[loss]:.3f}") as bars:
-        bar = bars.add_task("training", total=None, loss=float("nan"))
+        bar = bars.add_task("training", total=None, visible=False, loss=0.0)
 
         def report(step: int, steps: int, figures: dict[str, float]) -> None:
-            bars.update(bar, completed=step, total=steps, loss=figures["total"])
+            bars.update(bar, completed=step, total=steps, visible=True, loss=figures["total"])
 
         weights, metrics = train(config, data, validation, options.out, info=info, device=device, report=report)
     for name, value in metrics.items():

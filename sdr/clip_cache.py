@@ -182,7 +182,8 @@ def read_settings(folder: Path) -> dict:
     """What ``prepare.json`` holds; raises SDRError where it is missing or broken."""
     path = folder / SETTINGS
     if not path.exists():
-        raise SDRError(folder, f"is no clip cache: it has no {SETTINGS}")
+        what = f"is no clip cache: it has no {SETTINGS}" if os.path.isdir(folder) else "no such folder"
+        raise SDRError(folder, what, "sdr prepare makes a cache")
     found = read_json(path)
     try:
         for name in ("num_frames", "size"):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import re
 import secrets
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from sdr.errors import SDRError
+from sdr.errors import SDRError, escape
 
 
 def is_temporary(path: Path) -> bool:
@@ -87,3 +88,41 @@ def to_csv(rows: Iterable[Mapping[str, object]], fields: Sequence[str]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def claim_folder(out: Path, stamp: str, settings: Mapping[str, object], *, command: str, report: str = "") -> None:
+    """Make ``out`` the command's own: new, empty, or written by it with the same settings.
+
+    Args:
+        out: made where it is missing. One that holds nothing but the stamp and the report is as good as empty.
+        stamp: name of the file that keeps the settings.
+        settings: values of JSON.
+        command: as messages name it.
+        report: name of another file that tells nothing of the settings.
+
+    Raises:
+        SDRError: the folder is another's or of other settings, which are named; nothing in it has changed then.
+    """
+    make_folder(out)
+    path, text = out / stamp, json.dumps(settings, indent=1) + "\n"
+    try:
+        held = [p for p in out.iterdir() if p.name not in (stamp, report) and not is_temporary(p)]
+        kept = path.read_text(errors="replace") if path.is_file() else None
+    except OSError as error:
+        raise SDRError(out, f"cannot be used: {error.strerror}") from error
+    if held and kept is None:
+        raise SDRError(out, f"is not empty and was not written by {command}", "choose a new folder")
+    if held and kept != text:
+        raise SDRError(out, f"was written with other settings: {differences(kept, settings)}", "choose a new folder")
+    if kept != text:
+        write_atomic(path, text)
+
+
+def differences(kept: str, settings: Mapping[str, object]) -> str:
+    """Which settings are others than those of a stamp's text, one phrase each."""
+    try:
+        before = json.loads(kept)
+        named = [f"{n} was {before.get(n)}, now {value}" for n, value in settings.items() if before.get(n) != value]
+    except (ValueError, AttributeError, RecursionError):
+        named = []
+    return escape("; ".join(named)) or "they cannot be read"

@@ -100,8 +100,8 @@ def open_frames(folder: str | os.PathLike, frames: Sequence[Path], *, limits: Li
     checked before a picture is decoded.
 
     Args:
-        folder: the video's name in messages, and where relative ``frames`` lie.
-        frames: PNG or JPEG files, in order; told by their first bytes.
+        folder: the video's name in messages.
+        frames: paths of PNG or JPEG files, in order; told by their first bytes.
         limits: what they may cost together, by default ``Limits()``; ``memory`` is not used.
 
     Raises:
@@ -112,7 +112,7 @@ def open_frames(folder: str | os.PathLike, frames: Sequence[Path], *, limits: Li
         raise SDRError(folder, "has no frames")
     if len(frames) > limits.max_frames:
         raise SDRError(folder, f"{len(frames)} frames are over the limit of {limits.max_frames}", "--limits.max_frames")
-    return FrameList(folder, [Path(folder) / frame for frame in frames], limits)
+    return FrameList(folder, [Path(frame) for frame in frames], limits)
 
 
 def _state(file: Path) -> os.stat_result:

@@ -25,7 +25,7 @@ from sdr.datasets import Record
 from sdr.decoding import why_no_dali
 from sdr.detectors import load_detector
 from sdr.errors import SDRError
-from sdr.files import is_temporary, make_folder, to_csv, write_atomic
+from sdr.files import claim_folder, is_temporary, make_folder, to_csv, write_atomic
 
 FORMAT = 1  # part of a cache's settings: raise it when the same videos give other clips
 REPORT_FIELDS = ("path", "label", "split", "method", "identity", "reason")
@@ -129,14 +129,9 @@ def sole_writer(out: Path) -> Iterator[None]:
 
 def claim(job: Job, records: Sequence[Record]) -> None:
     """Make the cache's folder ours: new, empty, or of the same videos and settings; sweep what a kill cut off."""
-    stamp = job.out / SETTINGS
-    text = json.dumps(job.settings, indent=1) + "\n"
+    claim_folder(job.out, SETTINGS, job.settings, command="sdr prepare", report=REPORT)
     ours = {job.out / job.shard(record) for record in records}
     try:
-        if not stamp.is_file() and not all(map(is_temporary, job.out.iterdir())):
-            raise SDRError(job.out, "is not empty and was not written by sdr prepare", "choose a new folder")
-        if stamp.is_file() and stamp.read_text(errors="replace") != text:
-            raise SDRError(job.out, "holds clips of other settings or another layout", "choose a new folder")
         for path in sorted((job.out / SHARDS).rglob("*.tar")):
             if path not in ours:
                 raise SDRError(path, "is of a video that is not in this dataset or selection", "choose a new folder")
@@ -144,8 +139,6 @@ def claim(job: Job, records: Sequence[Record]) -> None:
             path.unlink()
     except OSError as error:
         raise SDRError(job.out, f"cannot be used: {error.strerror}") from error
-    if not stamp.is_file():
-        write_atomic(stamp, text)
 
 
 def survey(job: Job, records: Sequence[Record], *, retry: bool) -> tuple[dict[Record, str], list[Record]]:

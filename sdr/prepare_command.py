@@ -39,22 +39,26 @@ def run_prepare(options) -> int:
         raise SDRError(root, f"has no video in the split {' or '.join(options.split)}")
     for note in notes(records, options.layout, other_layouts(root, options.layout)):
         print(f"note: {note}", file=sys.stderr)
-    with progress_bars("{task.fields[rate]}", "{task.fields[bad]} unusable") as bars, refusals():
-        summary = prepare(
-            records,
-            folder,
-            options.out,
-            config,
-            layout=options.layout,
-            detector=options.detector,
-            weights=options.detector_weights,
-            detections=pick_cache(options),
-            workers=options.workers,
-            max_bad=options.max_bad,
-            retry=options.retry,
-            synthetic=is_synthetic(folder),
-            progress=video_bar(bars),
-        )
+    try:
+        with progress_bars("{task.fields[rate]}", "{task.fields[bad]} unusable") as bars, refusals():
+            summary = prepare(
+                records,
+                folder,
+                options.out,
+                config,
+                layout=options.layout,
+                detector=options.detector,
+                weights=options.detector_weights,
+                detections=pick_cache(options),
+                workers=options.workers,
+                max_bad=options.max_bad,
+                retry=options.retry,
+                synthetic=is_synthetic(folder),
+                progress=video_bar(bars),
+            )
+    except KeyboardInterrupt:
+        print("sdr prepare: interrupted; what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
     for record, reason in summary.unusable:
         print(f"left out: {escape(record.path)}: {reason}", file=sys.stderr)
     print(f"{summary.clips} clips of {summary.videos} videos, {len(summary.unusable)} videos left out")

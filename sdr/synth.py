@@ -9,7 +9,6 @@ A score on these videos shows that a pipeline works and nothing about real deepf
 """
 
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from sdr.datasets import SPLITS, SYNTH_METHODS, SYNTH_SETTINGS
-from sdr.errors import SDRError
-from sdr.files import is_temporary, make_folder, write_atomic
+from sdr.files import claim_folder, make_folder, write_atomic
 from sdr.portraits import CARPHONE_FRAMES, CLEAR_FACES, PATCH, Base, Role, base_video, grid, invert, smooth, transform
 from sdr.synth_layouts import DEFAULT_CRF, LAYOUTS, Film, frame_files, id_pairs, plan_films, split_files, video_list
 
@@ -207,19 +205,6 @@ def _check(settings: dict, workers: int | None) -> None:
         raise ValueError(f"workers must be at least 1, got {workers}")
 
 
-def _claim(out: Path, settings: dict) -> None:
-    """Make ``out`` ours: new, empty, or written by a run with the same settings."""
-    make_folder(out)
-    stamp = out / SYNTH_SETTINGS
-    text = json.dumps(settings, indent=1) + "\n"
-    if not all(map(is_temporary, out.iterdir())):
-        if not stamp.is_file():
-            raise SDRError(out, "is not empty and was not written by sdr synth", "choose a new folder")
-        if stamp.read_text(errors="replace") != text:
-            raise SDRError(out, "holds videos of other settings", "choose a new folder or remove this one")
-    write_atomic(stamp, text)
-
-
 def _make(films: Sequence[Film], *, roles: Sequence[Role], settings: dict) -> list[tuple[str, bytes]]:
     """The real video of one id and its forgeries with the donor's face: path and content of each file."""
     frames, size, fps, seed, layout = (settings[key] for key in ("frames", "size", "fps", "seed", "layout"))
@@ -285,7 +270,7 @@ def synthesize(
     roles = _cast(identities, frames, seed)
     pairs = id_pairs(roles)
     films = plan_films(layout, roles, pairs, settings)
-    _claim(out, settings)
+    claim_folder(out, SYNTH_SETTINGS, settings, command="sdr synth")
     jobs = [[film for film in films if film.number == number] for number in range(len(roles))]
     make = partial(_make, roles=roles, settings=settings)
     pool = ThreadPoolExecutor(workers or os.cpu_count())

@@ -195,11 +195,17 @@ def train(
 
     Returns:
         The weights' path and the validation metrics.
+
+    Raises:
+        SDRError: the clips are not of the model's size, a clip cannot be read, or ``out`` holds weights already.
     """
     out = Path(out)
-    make_folder(out)
+    weights = out / "model.safetensors"
     for cache in filter(None, (data, validation)):
         require_shape(cache, config.model())
+    if weights.exists():
+        raise SDRError(weights, "is there from an earlier run", "choose another --out, or remove it")
+    make_folder(out)
     trainer = Trainer(config, device)
     loader = TrainingLoader(
         data,
@@ -220,7 +226,6 @@ def train(
             figures = {name: value.item() for name, value in losses._asdict().items()}
             rows.append({"step": len(rows) + 1, "epoch": round(now, 4), **figures})
             report(len(rows), steps, figures)
-    weights = out / "model.safetensors"
     info = replace(info, training=to_json(config))
     save_weights(weights, trainer.model, info)  # before the evaluation, whose failure must not cost the run
     write_atomic(out / "log.csv", to_csv(rows, tuple(rows[0])))

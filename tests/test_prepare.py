@@ -469,7 +469,7 @@ def test_another_dataset_or_setting_does_not_touch_a_cache(dataset, cache, tmp_p
     before = files(cache)
     more = ("--methods", '["FullJitter"]')
     for root, options, message in (
-        (dataset, ("--size", 16), "holds clips of other settings or another layout (choose a new folder)"),
+        (dataset, ("--size", 16), f"was written with other settings: size was {SIZE}, now 16 (choose a new folder)"),
         (dataset, ("--split", '["test"]'), "is of a video that is not in this dataset or selection"),
     ):
         assert run(root, cache, *more, *options) == 2
@@ -546,6 +546,27 @@ def test_a_csv_of_synthetic_videos_is_synthetic(dataset, detections, tmp_path):
         out = tmp_path / f"cache{number}"
         assert run(root, out, "--cache", detections, "--split", '["val"]', layout="csv") == 0
         assert ClipCache(out).settings["synthetic"] is True
+
+
+def test_settings_may_change_before_the_first_clip(dataset, tmp_path, detections, finished):
+    out = tmp_path / "cache"
+    out.mkdir()
+    (out / "prepare.json").write_text('{"size": 7}\n')
+    (out / "unusable.csv").write_text("path\n")
+    assert run(dataset, out, "--cache", detections) == 0
+    assert files(out) == files(finished)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "ffpp"])
+def test_a_relative_root_gives_the_same(tmp_path, monkeypatch, layout):
+    root = make_dataset(tmp_path / "data", layout)
+    detections = tmp_path / "detections"
+    assert run(root, tmp_path / "absolute", "--cache", detections, layout=layout) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("data"), Path("relative"), "--cache", detections, layout=layout) == 0
+    monkeypatch.chdir(root)
+    assert run(Path("."), Path("../here"), "--cache", detections, layout=layout) == 0
+    assert files(tmp_path / "relative") == files(tmp_path / "here") == files(tmp_path / "absolute")
 
 
 def test_two_datasets_in_one_folder_are_told(tmp_path, dataset, detections, capsys):

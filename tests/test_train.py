@@ -81,10 +81,18 @@ def test_the_model_is_given_the_loaders_views_with_the_runs_seed(tmp_path, data,
         assert batch[2:] == expected[2:]
 
 
+def test_weights_of_an_earlier_run_are_not_replaced(tmp_path, data):
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(SDRError, match=r"model\.safetensors: is there from an earlier run"):
+        train(config(epochs=1), data, None, tmp_path, info=WeightsInfo())
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_rejects_clips_of_another_size(tmp_path, data, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     with pytest.raises(SDRError, match=rf"holds clips of {T} x {S} x {S} .*sdr prepare --num_frames 32 --size 64"):
-        train(config(), data, None, tmp_path, info=WeightsInfo())
+        train(config(), data, None, tmp_path / "run", info=WeightsInfo())
+    assert not (tmp_path / "run").exists()
 
 
 def test_non_finite_step_changes_nothing_and_too_many_in_a_row_stop_the_run(caplog, data):
