@@ -18,7 +18,7 @@ from sdr.decoding import DECODERS, DecoderName, Limits
 from sdr.detectors import Detector, load_detector
 from sdr.errors import SDRError, escape
 from sdr.faces import ClipPlan, Track, cut_clips, detect_faces, plan_clips, track_faces, why_no_clip
-from sdr.files import make_folder, write_atomic
+from sdr.files import make_folder, remove, write_atomic
 from sdr.frame_lists import open_frames
 from sdr.layouts import frame_gap_reason
 from sdr.video import Video, open_video, sample_clips
@@ -119,12 +119,12 @@ def cut_record(record: Record, job: Job) -> str:
         if error.file == shard:
             raise
         reason = error.reason if error.file == record.path else str(error)
-        shard.unlink(missing_ok=True)  # of what the video was before
+        remove(shard)  # of what the video was before
         write_atomic(verdict, json.dumps({"reason": reason, "source": job.source(record)}) + "\n")
         return reason
     except MachineError as error:
         return escape(str(error))
-    verdict.unlink(missing_ok=True)  # of an earlier attempt
+    remove(verdict)  # of an earlier attempt
     return ""
 
 

@@ -64,6 +64,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Remove a file that may be there; raises SDRError where that is impossible."""
+    try:
+        if os.path.lexists(path):  # a disk that cannot be written refuses even what is not there
+            os.unlink(path)
+    except OSError as error:
+        raise SDRError(path, f"cannot be removed: {error.strerror}") from error
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to a text file; raises SDRError where it cannot be written."""
     try:

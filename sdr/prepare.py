@@ -25,7 +25,7 @@ from sdr.datasets import Record
 from sdr.decoding import why_no_dali
 from sdr.detectors import load_detector
 from sdr.errors import SDRError
-from sdr.files import claim_folder, is_temporary, make_folder, to_csv, write_atomic
+from sdr.files import claim_folder, is_temporary, make_folder, remove, to_csv, write_atomic
 
 FORMAT = 1  # part of a cache's settings: raise it when the same videos give other clips
 REPORT_FIELDS = ("path", "label", "split", "method", "identity", "reason")
@@ -131,14 +131,11 @@ def claim(job: Job, records: Sequence[Record]) -> None:
     """Make the cache's folder ours: new, empty, or of the same videos and settings; sweep what a kill cut off."""
     claim_folder(job.out, SETTINGS, job.settings, command="sdr prepare", report=REPORT)
     ours = {job.out / job.shard(record) for record in records}
-    try:
-        for path in sorted((job.out / SHARDS).rglob("*.tar")):
-            if path not in ours:
-                raise SDRError(path, "is of a video that is not in this dataset or selection", "choose a new folder")
-        for path in filter(is_temporary, list(job.out.rglob(".*"))):
-            path.unlink()
-    except OSError as error:
-        raise SDRError(job.out, f"cannot be used: {error.strerror}") from error
+    for path in sorted((job.out / SHARDS).rglob("*.tar")):
+        if path not in ours:
+            raise SDRError(path, "is of a video that is not in this dataset or selection", "choose a new folder")
+    for path in filter(is_temporary, list(job.out.rglob(".*"))):
+        remove(path)
 
 
 def survey(job: Job, records: Sequence[Record], *, retry: bool) -> tuple[dict[Record, str], list[Record]]:
@@ -151,7 +148,7 @@ def survey(job: Job, records: Sequence[Record], *, retry: bool) -> tuple[dict[Re
     for record in records:
         verdict, done = job.verdict(record), (job.out / job.shard(record)).is_file()
         if done:
-            verdict.unlink(missing_ok=True)  # a kill came between the clips and its removal
+            remove(verdict)  # a kill came between the clips and its removal
         if not os.path.exists(record.path):
             if not done:
                 reasons[record] = "no such file"

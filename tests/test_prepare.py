@@ -597,6 +597,20 @@ def test_a_folder_that_cannot_be_written(dataset, tmp_path, capsys):
     assert one_line(capsys.readouterr().err).startswith("sdr prepare: /proc/cache: cannot be made: ")
 
 
+def test_a_finished_cache_on_a_read_only_disk_is_one_line(dataset, cache, monkeypatch, capsys):
+    """A disk that became read-only, as root meets it: every change is refused, whatever the permissions are."""
+
+    def refuse(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    for name in ("unlink", "replace", "mkdir"):
+        monkeypatch.setattr(os, name, refuse)
+    before = files(cache)
+    assert run(dataset, cache) == 2
+    assert one_line(capsys.readouterr().err).endswith(": Read-only file system")
+    assert files(cache).items() >= before.items()
+
+
 def test_a_full_disk_is_one_line_and_resumes(dataset, detections, tmp_path):
     """A limit on the size of a file stands for the disk: the same error, at the same place, in every process."""
     out = tmp_path / "cache"
