@@ -45,7 +45,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise SDRError(path, f"cannot be written: {error.strerror}") from error
     finally:
         if temporary is not None:
-            with suppress(FileNotFoundError):  # the folder itself may be gone
+            with suppress(OSError):  # the first error is the one to tell
                 os.unlink(temporary)
 
 
