@@ -193,9 +193,9 @@ def cut_all(records: Sequence[Record], job: Job, workers: int) -> Iterator[tuple
             except BrokenProcessPool as error:
                 hint = "fewer --workers"
                 raise SDRError("workers", "one was killed, most likely for want of memory", hint) from error
-            except Exception as error:
-                if isinstance(error, SDRError):
-                    raise
+            except SDRError:
+                raise
+            except Exception as error:  # whatever it is, the video at fault is named
                 raise SDRError(record.path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
             yield record, reason
     finally:
