@@ -5,7 +5,7 @@ DEMO ?= demo
 BENCH ?= --benchmark
 BIN := $(VENV)/bin
 EXTRAS := faces,prepare,report,train,dev
-TRAIN := --preset tiny --epochs 8 --lr 0.003
+TRAIN := --preset tiny
 
 # idle threads sleep: on a shared machine waiting in a loop can cost several times the work
 export OMP_WAIT_POLICY ?= passive
@@ -33,7 +33,7 @@ demo: $(VENV)/installed
 
 # the same with temporal kernels of 1: must not tell real from fake
 control: $(DEMO)/data
-	$(call train_and_score,control_,--temporal_kernels false)
+	$(call train_and_score,control_,--model.temporal_kernels false)
 
 $(DEMO)/data:
 	$(MAKE) demo

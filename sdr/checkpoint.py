@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdr.config import FTCNConfig, SDRConfig, check_count, ftcn_released
+from sdr.config import FTCNConfig, SDRConfig, check, check_count, ftcn_released
 from sdr.errors import SDRError
 from sdr.faces import TEMPLATE, TEMPLATE_SIZE
-from sdr.files import write_atomic
+from sdr.files import atomic_file
 from sdr.ftcn import FTCN
 from sdr.model import SDRModel
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
@@ -46,6 +46,13 @@ class WeightsInfo:
     metrics: Mapping[str, float] = field(default_factory=dict)
     training: Mapping[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        kinds = {"origin": str, "synthetic": bool, "metrics": Mapping, "training": Mapping}
+        for name, kind in kinds.items():
+            check(isinstance(getattr(self, name), kind), name, f"be a {kind.__name__}", getattr(self, name))
+        numbers = all(isinstance(value, int | float) for value in self.metrics.values())
+        check(numbers, "metrics", "hold numbers", self.metrics)
+
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """sha256 over the metadata without its hash, then names, dtypes, shapes and bytes, each in the order of names."""
@@ -57,11 +64,17 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return sha.hexdigest()
 
 
-def save_weights(path: str | Path, model: FTCN | SDRModel, info: WeightsInfo) -> None:
-    """Write the model's parameters and buffers, with everything that is needed to run it, atomically."""
-    from safetensors.torch import save
+def save_weights(
+    path: str | Path, model: FTCN | SDRModel, info: WeightsInfo, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write the model's parameters and buffers, with everything that is needed to run it, atomically.
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    Args:
+        path: safetensors file to write.
+        model: whose class and configuration are written.
+        info: what the file is to say of itself.
+        state: the tensors; None takes the model's own.
+    """
     metadata = {
         "format": FORMAT,
         "model": type(model).__name__,
@@ -69,7 +82,21 @@ def save_weights(path: str | Path, model: FTCN | SDRModel, info: WeightsInfo) ->
         "preprocessing": json.dumps(preprocessing(model.config)),
         "info": json.dumps(asdict(info)),
     }
-    write_atomic(path, save(tensors, metadata | {"sha256": digest(tensors, metadata)}))
+    write_tensors(path, model.state_dict() if state is None else state, metadata)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file with a hash over its tensors and metadata, atomically."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(tensors, {**metadata, "sha256": digest(tensors, metadata)})
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()  # safetensors' own order is random
+    header += b" " * (-len(header) % 8)
+    with atomic_file(path) as file:
+        for part in (len(header).to_bytes(8, "little"), header, memoryview(data)[8 + size :]):
+            file.write(part)
 
 
 def preprocessing(config: FTCNConfig) -> dict:
@@ -83,8 +110,12 @@ def preprocessing(config: FTCNConfig) -> dict:
     }
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file written by :func:`save_weights`, its hash checked.
+def read_weights(path: str | Path, expected: str = FORMAT) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file written by :func:`write_tensors`, its hash checked.
+
+    Args:
+        path: of the file.
+        expected: its format; by default that of :func:`save_weights`.
 
     Raises:
         SDRError: missing, not safetensors, damaged, or not ours.
@@ -99,8 +130,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         hint = "a .pth of FTCN is read by `sdr convert`" if is_torch_file(path) else ""
         raise SDRError(path, f"is not a readable safetensors file: {error}".split("\n")[0], hint) from error
-    if metadata.get("format") != FORMAT:
-        raise SDRError(path, f"has format {metadata.get('format')!r}, expected {FORMAT!r}")
+    if metadata.get("format") != expected:
+        raise SDRError(path, f"has format {metadata.get('format')!r}, expected {expected!r}")
     if digest(tensors, metadata) != metadata.get("sha256"):
         raise SDRError(path, "is damaged: its content does not match the sha256 written with it")
     return tensors, metadata
@@ -118,24 +149,32 @@ def is_torch_file(path: str | Path) -> bool:
     return magic == b"PK" or magic[:1] == b"\x80"  # zip, or the pickle of old versions
 
 
-def load_model(path: str | Path) -> tuple[FTCN | SDRModel, WeightsInfo]:
+def load_model(path: str | Path, kind: type | None = None) -> tuple[FTCN | SDRModel, WeightsInfo]:
     """Build the model that a weights file describes and load it, in evaluation mode on the CPU.
 
+    Args:
+        path: of the file.
+        kind: class to build, the file's or one derived from it; None is the file's.
+
     Raises:
-        SDRError: the file cannot be read, its configuration is not one of this version's, or its keys, shapes or
-            values do not fit.
+        SDRError: the file cannot be read, holds another kind of model, its configuration is not one of this version's,
+            or its keys, shapes or values do not fit.
     """
     tensors, metadata = read_weights(path)
     try:
         model_class, config_class = MODELS[metadata["model"]]
+        if not issubclass(kind or model_class, model_class):
+            other, wanted = metadata["model"], kind.__name__
+            raise SDRError(path, f"holds weights of {other}, not of {wanted}", f"load it with {other}.from_pretrained")
         config = config_class(**json.loads(metadata["config"]))
         info = WeightsInfo(**json.loads(metadata["info"]))
         expects = json.loads(metadata["preprocessing"])
-        model = build_from(path, model_class, config, tensors)
+        model = build_from(path, kind or model_class, config, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise SDRError(path, f"describes a model that this version cannot build: {error}".split("\n")[0]) from error
     if expects != preprocessing(config):
         raise SDRError(path, f"was trained with preprocessing that this version does not do: {expects}")
+    model.weights_info = info
     return model.eval(), info
 
 

@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Literal
 
 from sdr.errors import SDRError, escape
+from sdr.evaluate_command import add_evaluate_arguments, run_evaluate
 from sdr.prepare_command import run_prepare
 from sdr.score_command import run_score
-from sdr.terminal import SYNTHETIC_NOTE, pick_device, progress_bars, refusals, require, settings
+from sdr.terminal import progress_bars, refusals
+from sdr.train_command import add_train_arguments, add_train_data_arguments, run_train
 
 
-def build_parser():
-    """All commands and their options; importing jsonargparse waits until a command line is read."""
+def build_parser(argv: Sequence[str] = ()):
+    """All commands and their options; importing jsonargparse waits until a command line is read.
+
+    Args:
+        argv: the command line, whose ``--preset`` gives the defaults of those that train.
+    """
     from jsonargparse import ArgumentParser
 
     import sdr
@@ -25,7 +31,6 @@ def build_parser():
     from sdr.layouts import LAYOUTS
     from sdr.score import ScoreConfig
     from sdr.synth import synthesize
-    from sdr.train import TrainConfig
 
     parser = ArgumentParser(prog="sdr", description=sdr.__doc__, version=sdr.__version__)
     commands = parser.add_subcommands()
@@ -62,8 +67,8 @@ def build_parser():
         default="c23",
         help="of FaceForensics++ and DeepfakeBench's lists of it: c23, c40 or raw",
     )
-    methods = "as '[Deepfakes,FaceSwap]'; default: all there are"
-    prepare.add_argument("--methods", type=list[str] | None, help=f"manipulations to read, {methods}")
+    methods = "manipulations to read, as '[Deepfakes,FaceSwap]'; default: all there are"
+    prepare.add_argument("--methods", type=list[str] | None, help=methods)
     prepare.add_argument("--workers", type=int, default=2, help="processes that decode, find faces and cut")
     prepare.add_argument("--max_bad", type=float, default=0.01, help="share of unusable videos that is accepted")
     prepare.add_argument("--retry", action="store_true", help="try again what was unusable, cut anew what has changed")
@@ -71,14 +76,17 @@ def build_parser():
     add_face_arguments(prepare)
     commands.add_subcommand("prepare", prepare)
 
-    train = ArgumentParser(description="Train a model on the clips of a cache.")
-    train.add_argument("--data", type=str, required=True, help="cache that sdr prepare wrote")
-    train.add_argument("--out", type=str, required=True, help="folder for the weights and the log")
-    train.add_argument("--methods", type=list[str] | None, help=f"manipulations to train on, {methods}")
-    train.add_class_arguments(TrainConfig)
+    usage = "sdr train --data CACHE --out RUN [--config FILE] [--preset NAME] [--field value ...]"
+    train = ArgumentParser(usage=usage, description="Train a model on the clips of a cache, or go on with a run.")
+    add_train_data_arguments(train)
+    add_train_arguments(train, argv)
     add_device_argument(train)
     train.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands.add_subcommand("train", train)
+
+    evaluate = ArgumentParser(description="Video-level metrics of weights on clip caches, with intervals.")
+    add_evaluate_arguments(evaluate)
+    commands.add_subcommand("evaluate", evaluate)
 
     convert = ArgumentParser(description="Convert an FTCN checkpoint to safetensors.")
     convert.add_argument("source", type=str, help="FTCN's published checkpoint (.pth)")
@@ -106,7 +114,8 @@ def add_device_argument(parser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(argv)
     arguments = parser.parse_args(argv)
     command = arguments.subcommand
     run = COMMANDS[command]
@@ -140,39 +149,6 @@ def run_synth(options) -> int:
     return 0
 
 
-def run_train(options) -> int:
-    from sdr.checkpoint import WeightsInfo
-    from sdr.clip_cache import ClipCache, leaks, read_manifest
-    from sdr.train import TrainConfig, train
-
-    config = settings(TrainConfig, options)
-    device = pick_device(options.device)
-    require("prepare", "train")
-    data = ClipCache(options.data, split="train", methods=options.methods)
-    validation = ClipCache(options.data, split="val", methods=options.methods) if "val" in data.splits else None
-    if validation is None:
-        print("note: the cache has no split val, so that nothing is validated", file=sys.stderr)
-    table = read_manifest(data.folder, ("identity", "video_sha256", "split", "video"))
-    for leak in leaks(table, ("train", "val")):
-        raise SDRError(options.data, leak, "its validation would say nothing")
-    synthetic = data.settings.get("synthetic", False)
-    kind = "synthetic matched-marginals" if synthetic else data.settings.get("layout", "cached")
-    info = WeightsInfo(origin=f"{config.preset}, trained on {len(data.records)} {kind} videos", synthetic=synthetic)
-    with progress_bars("loss {task.fields[loss]:.3f}") as bars:
-        bar = bars.add_task("training", total=None, visible=False, loss=0.0)
-
-        def report(step: int, steps: int, figures: dict[str, float]) -> None:
-            bars.update(bar, completed=step, total=steps, visible=True, loss=figures["total"])
-
-        weights, metrics = train(config, data, validation, options.out, info=info, device=device, report=report)
-    for name, value in metrics.items():
-        print(f"validation {name}: {value:.4f}")
-    if synthetic:
-        print(SYNTHETIC_NOTE)
-    print(f"weights: {escape(weights.resolve())}")
-    return 0
-
-
 def run_convert(options) -> int:
     from sdr.checkpoint import convert
 
@@ -188,5 +164,6 @@ COMMANDS = {
     "synth": run_synth,
     "prepare": run_prepare,
     "train": run_train,
+    "evaluate": run_evaluate,
     "convert": run_convert,
 }

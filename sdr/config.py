@@ -37,6 +37,8 @@ class FTCNConfig:
         backbone_stages: residual stages: 3 ends at res4 (published FTCN weights), 4 at res5 (full ResNet-50).
         blocks: bottlenecks of each stage, at least ``backbone_stages`` numbers.
         temporal_kernels: False makes every convolution 1x1x1: the control that cannot see time in the backbone.
+        spatial_kernel: odd; above 1 the stem and conv b of every bottleneck also look sideways, as a plain 3D ResNet's
+            do: the control that space may mislead. The kernels of :mod:`sdr.fast` are for 1 alone.
         embed_dim: width D of the transformer's tokens.
         depth: transformer layers.
         num_heads: attention heads.
@@ -51,6 +53,7 @@ class FTCNConfig:
     backbone_stages: int = 3
     blocks: tuple[int, ...] = STAGE_BLOCKS
     temporal_kernels: bool = True
+    spatial_kernel: int = 1
     embed_dim: int = 1024
     depth: int = 1
     num_heads: int = 16
@@ -60,8 +63,11 @@ class FTCNConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
-        for name in ("num_frames", "image_size", "width", "embed_dim", "depth", "num_heads", "head_dim", "mlp_dim"):
+        sizes = ("num_frames", "image_size", "width", "spatial_kernel", "embed_dim", "depth", "num_heads", "head_dim")
+        for name in (*sizes, "mlp_dim"):
             check_count(name, getattr(self, name))
+        check(self.spatial_kernel % 2 == 1, "spatial_kernel", "be odd", self.spatial_kernel)
+        check(self.spatial_kernel <= self.image_size, "spatial_kernel", "not pass image_size", self.spatial_kernel)
         check_flag("temporal_kernels", self.temporal_kernels)
         check(self.num_frames % TEMPORAL_STRIDE == 0, "num_frames", "be even", self.num_frames)
         check(self.backbone_stages in (1, 2, 3, 4), "backbone_stages", "be 1, 2, 3 or 4", self.backbone_stages)
@@ -179,7 +185,7 @@ class TPAConfig:
     """Temporally-preserved Augmentation (specification section 2); view v uses ``methods[v % len(methods)]``.
 
     Args:
-        methods: the augmentation of each view, in order.
+        methods: the augmentation of each view, in order; ``none`` leaves a view as it is.
         brightness: factor drawn from 1 -+ this.
         contrast: factor drawn from 1 -+ this, about mid-grey.
         saturation: factor drawn from 1 -+ this.
@@ -209,8 +215,10 @@ class TPAConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "per_frame", frozenset(self.per_frame))
         check(len(self.methods) > 0, "methods", "not be empty", self.methods)
-        for method in (*self.methods, *self.per_frame):
-            check_choice("methods and per_frame", method, TPA_METHODS)
+        for method in self.methods:
+            check_choice("methods", method, (*TPA_METHODS, "none"))
+        for method in self.per_frame:
+            check_choice("per_frame", method, TPA_METHODS)
         for name in ("brightness", "contrast", "saturation"):
             check(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]", getattr(self, name))
         check(0 <= self.hue <= 0.5, "hue", "lie in [0, 0.5]", self.hue)

@@ -2,13 +2,14 @@
 
 In evaluation and without gradients all branches run in one pass of the ops in :mod:`sdr_kernels`, batch norms folded:
 Triton kernels on a GPU, products of rows that stay in the cache on a CPU. In training, or where a gradient is asked
-for, the reference runs.
+for, and for the control whose convolutions look sideways, the reference runs.
 """
 
 import copy
 import logging
 import operator
 import threading
+from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -26,6 +27,12 @@ from sdr.tpa import normalise
 
 logger = logging.getLogger(__name__)
 
+WHY_REFERENCE = {
+    "training": (logging.INFO, "training runs the reference model: the kernels have no backward yet"),
+    "gradient": (logging.WARNING, "gradients are enabled, so the reference model runs: use torch.inference_mode()"),
+    "sideways": (logging.INFO, "the reference model runs: the kernels are for spatial_kernel 1"),
+}
+
 
 class SDRModel(reference.SDRModel):
     """:class:`sdr.model.SDRModel` with fast inference; a drop-in for it in every other respect.
@@ -38,13 +45,14 @@ class SDRModel(reference.SDRModel):
 
     Args:
         config: shapes and options; see :class:`sdr.config.SDRConfig` and the presets beside it.
+        norm: makes a batch norm from its channels.
     """
 
     # clips times branches up to which launching takes longer than running, so that a graph pays for its memory
     graph_limit = 16
 
-    def __init__(self, config: SDRConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: SDRConfig, norm: Callable[[int], nn.Module] = nn.BatchNorm3d) -> None:
+        super().__init__(config, norm)
         self._runtime = _Runtime()
 
     @classmethod
@@ -73,8 +81,11 @@ class SDRModel(reference.SDRModel):
         kind = views.device.type
         if kind not in ("cpu", "cuda"):
             return super().forward(views)
+        if self.config.spatial_kernel != 1:
+            self._runtime.explain_reference("sideways")
+            return super().forward(views)
         if self.training or wants_gradient(self, views):
-            self._runtime.explain_reference(training=self.training)
+            self._runtime.explain_reference("training" if self.training else "gradient")
             return super().forward(views)
         self.check_views(views)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.trfi.joint_head.weight.dtype
@@ -83,7 +94,7 @@ class SDRModel(reference.SDRModel):
         with plain, float_types, torch.no_grad(), torch.cuda.device_of(views):
             output = self._run(views if views.dtype == torch.uint8 else normalise(views).to(dtype), dtype)
         if output is None:
-            self._runtime.explain_reference(training=True)
+            self._runtime.explain_reference("training")
             return super().forward(views)
         return output
 
@@ -165,7 +176,7 @@ class _Runtime:
     def __init__(self) -> None:
         self.snapshot: _Snapshot | None = None
         self._lock = threading.Lock()
-        self._explained: set[bool] = set()
+        self._explained: set[str] = set()
 
     def __reduce__(self):
         return _Runtime, ()
@@ -182,14 +193,11 @@ class _Runtime:
         if self.snapshot is not None:
             self.snapshot.finish()
 
-    def explain_reference(self, *, training: bool) -> None:
-        """Log once why the reference runs."""
-        if training not in self._explained:
-            self._explained.add(training)
-            if training:
-                logger.info("training runs the reference model: the kernels have no backward yet")
-            else:
-                logger.warning("gradients are enabled, so the reference model runs: use torch.inference_mode()")
+    def explain_reference(self, why: str) -> None:
+        """Log once for each of the reasons why the reference runs."""
+        if why not in self._explained:
+            self._explained.add(why)
+            logger.log(*WHY_REFERENCE[why])
 
 
 def wants_gradient(model: nn.Module, x: Tensor) -> bool:

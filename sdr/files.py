@@ -1,6 +1,7 @@
 """Files written whole or not at all."""
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -97,6 +98,28 @@ def to_csv(rows: Iterable[Mapping[str, object]], fields: Sequence[str]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+@contextmanager
+def sole_writer(out: Path, command: str) -> Iterator[None]:
+    """Hold a folder for this process; the lock ends with it, however it ends.
+
+    Raises:
+        SDRError: another process of the command holds it, or it cannot be locked.
+    """
+    descriptor = None
+    try:
+        try:
+            descriptor = os.open(out, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SDRError(out, f"another {command} is writing there") from error
+        except OSError as error:
+            raise SDRError(out, f"cannot be locked: {error.strerror}") from error
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def claim_folder(out: Path, stamp: str, settings: Mapping[str, object], *, command: str, report: str = "") -> None:

@@ -5,12 +5,16 @@ Kt x 1 x 1; space is mixed only by max-pools, which replace every spatial stride
 """
 
 from collections.abc import Callable
+from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from sdr.config import TEMPORAL_STRIDE, FTCNConfig
+from sdr.hub import PretrainedMixin
+from sdr.recompute import recompute
 from sdr.tpa import normalise
 from sdr.transformer import TemporalTransformer
 
@@ -25,10 +29,14 @@ def res_kernel(stage: int, block: int) -> int:
 
 
 class TemporalConv3d(nn.Conv3d):
-    """(Kt, 1, 1) convolution without bias, zero-padded in time to keep T; x: [B, C, T, H, W]."""
+    """(Kt, 1, 1) convolution without bias, zero-padded to keep T; x: [B, C, T, H, W].
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1) -> None:
-        super().__init__(in_channels, out_channels, (kernel, 1, 1), padding=(kernel // 2, 0, 0), bias=False)
+    With a ``spatial_kernel`` Ks it is (Kt, Ks, Ks), padded likewise: for the control that looks sideways.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 1, spatial_kernel: int = 1) -> None:
+        sizes = (kernel, spatial_kernel, spatial_kernel)
+        super().__init__(in_channels, out_channels, sizes, padding=tuple(size // 2 for size in sizes), bias=False)
 
 
 class Stem(nn.Module):
@@ -40,9 +48,11 @@ class Stem(nn.Module):
         kernel: int,
         conv: Callable[..., nn.Module] = TemporalConv3d,
         norm: Callable[[int], nn.Module] = nn.BatchNorm3d,
+        *,
+        spatial_kernel: int = 1,
     ) -> None:
         super().__init__()
-        self.conv = conv(3, channels, kernel)
+        self.conv = conv(3, channels, kernel, spatial_kernel)
         self.bn = norm(channels)
         self.pool1 = nn.MaxPool3d((1, 2, 2))
         self.relu = nn.ReLU(inplace=True)
@@ -62,8 +72,9 @@ class Bottleneck(nn.Module):
         channels: inner channels; the output has four times as many.
         kernel: Kt of conv a.
         pool: halve H and W after b's BN and after branch1's BN, so that both convolutions run at full resolution.
-        conv: makes a temporal convolution from (in_channels, out_channels, kernel).
+        conv: makes a convolution from (in_channels, out_channels, kernel, spatial_kernel), the last two 1 by default.
         norm: makes a batch norm from its channels.
+        spatial_kernel: Ks of conv b, which is then (1, Ks, Ks).
     """
 
     def __init__(
@@ -75,11 +86,12 @@ class Bottleneck(nn.Module):
         pool: bool,
         conv: Callable[..., nn.Module] = TemporalConv3d,
         norm: Callable[[int], nn.Module] = nn.BatchNorm3d,
+        spatial_kernel: int = 1,
     ) -> None:
         super().__init__()
         out_channels = 4 * channels
         self.a, self.a_bn = conv(in_channels, channels, kernel), norm(channels)
-        self.b, self.b_bn = conv(channels, channels), norm(channels)
+        self.b, self.b_bn = conv(channels, channels, 1, spatial_kernel), norm(channels)
         self.c, self.c_bn = conv(channels, out_channels), norm(out_channels)
         self.has_branch1 = in_channels != out_channels
         if self.has_branch1:
@@ -105,7 +117,8 @@ class Backbone(nn.Module):
         norm: Callable[[int], nn.Module] = nn.BatchNorm3d,
     ) -> None:
         super().__init__()
-        self.stem = Stem(config.width, STEM_KERNEL if config.temporal_kernels else 1, conv, norm)
+        kernel = STEM_KERNEL if config.temporal_kernels else 1
+        self.stem = Stem(config.width, kernel, conv, norm, spatial_kernel=config.spatial_kernel)
         out = [config.width] + [config.width * 4 * 2**i for i in range(config.backbone_stages)]
         self.stages = [f"res{i + 2}" for i in range(config.backbone_stages)]
         for i, (in_channels, out_channels) in enumerate(pairwise(out)):
@@ -119,10 +132,12 @@ class Backbone(nn.Module):
                         pool=i > 0 and block == 0,
                         conv=conv,
                         norm=norm,
+                        spatial_kernel=config.spatial_kernel,
                     )
                 )
             self.add_module(self.stages[i], blocks)
         self.time_pool = nn.MaxPool3d((TEMPORAL_STRIDE, 1, 1))
+        self.recompute = False  # in training, keep the input of each block alone
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,9 +150,11 @@ class Backbone(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         """clip: normalised, [B, 3, T, H, W], to features, [B, C, T / 2, h, w]."""
-        x = self.stem(clip)
+        saving = self.recompute and self.training and torch.is_grad_enabled()
+        x = recompute(self.stem, clip) if saving else self.stem(clip)
         for i, name in enumerate(self.stages):
-            x = getattr(self, name)(x)
+            stage = getattr(self, name)
+            x = reduce(lambda x, block: recompute(block, x), stage, x) if saving else stage(x)
             if i == 0:
                 x = self.time_pool(x)
         return x
@@ -152,13 +169,13 @@ class FTCNOutput(NamedTuple):
     tokens: Tensor  # [B, N, D], what the transformer reads
 
 
-class FTCN(nn.Module):
+class FTCN(PretrainedMixin, nn.Module):
     """FTCN alone: one branch and the temporal transformer, the baseline row of the paper's Table III."""
 
-    def __init__(self, config: FTCNConfig) -> None:
+    def __init__(self, config: FTCNConfig, norm: Callable[[int], nn.Module] = nn.BatchNorm3d) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone(config)
+        self.backbone = Backbone(config, norm=norm)
         C, D = config.backbone_channels, config.embed_dim
         self.proj = nn.Linear(C, D) if C != D else nn.Identity()
         self.transformer = TemporalTransformer(config)

@@ -1,5 +1,6 @@
 """SDRModel in plain PyTorch: the reference that every kernel is measured against."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from sdr.config import SDRConfig
 from sdr.ftcn import Backbone, check_clip
+from sdr.hub import PretrainedMixin
 from sdr.tpa import normalise
 from sdr.transformer import TemporalTransformer
 from sdr.trfi import TRFI
@@ -20,18 +22,19 @@ class SDROutput(NamedTuple):
     loo_logits: Tensor  # [B, V, 2]; [B, 0, 2] for one branch
 
 
-class SDRModel(nn.Module):
+class SDRModel(PretrainedMixin, nn.Module):
     """Reduced Spatial Dependency model (Chu et al., arXiv 2503.03270): V FTCN branches, TRFI, temporal transformer.
 
     Args:
         config: shapes and options; see :class:`sdr.config.SDRConfig` and the presets beside it.
+        norm: makes a batch norm from its channels.
     """
 
-    def __init__(self, config: SDRConfig) -> None:
+    def __init__(self, config: SDRConfig, norm: Callable[[int], nn.Module] = nn.BatchNorm3d) -> None:
         super().__init__()
         self.config = config
         self.branches = nn.ModuleList(
-            Backbone(config.branch()) for _ in range(1 if config.share_weights else config.num_branches)
+            Backbone(config.branch(), norm=norm) for _ in range(1 if config.share_weights else config.num_branches)
         )
         self.trfi = TRFI(config)
         self.transformer = TemporalTransformer(config)

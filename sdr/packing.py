@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sdr.config import check
 from sdr.ftcn import Backbone, Bottleneck
 from sdr.model import SDRModel, SDROutput
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
@@ -172,9 +173,14 @@ class PackedTransformer:
 
 
 class PackedModel:
-    """Everything that inference needs of an :class:`sdr.model.SDRModel`, in one dtype."""
+    """Everything that inference needs of an :class:`sdr.model.SDRModel`, in one dtype.
+
+    Raises:
+        ValueError: the model's convolutions look sideways, which no kernel does.
+    """
 
     def __init__(self, model: SDRModel, dtype: torch.dtype) -> None:
+        check(model.config.spatial_kernel == 1, "spatial_kernel", "be 1 for the kernels", model.config.spatial_kernel)
         self.num_branches = model.config.num_branches
         self.shared = model.config.share_weights and self.num_branches > 1
         self.backbones = pack_backbones(model.branches, dtype)

@@ -5,7 +5,6 @@ was killed goes on where it stopped. What is written depends on the videos and t
 number of processes or the runs that it took.
 """
 
-import fcntl
 import json
 import os
 import signal
@@ -13,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -25,7 +24,7 @@ from sdr.datasets import Record
 from sdr.decoding import why_no_dali
 from sdr.detectors import load_detector
 from sdr.errors import SDRError
-from sdr.files import claim_folder, is_temporary, make_folder, remove, to_csv, write_atomic
+from sdr.files import claim_folder, is_temporary, make_folder, remove, sole_writer, to_csv, write_atomic
 
 FORMAT = 1  # part of a cache's settings: raise it when the same videos give other clips
 REPORT_FIELDS = ("path", "label", "split", "method", "identity", "reason")
@@ -88,7 +87,7 @@ def prepare(
     settings["detector"] = load_detector(detector, weights=weights).name
     job = Job(root, out, config, settings, detector, weights, detections)
     make_folder(out)
-    with sole_writer(out):
+    with sole_writer(out, "sdr prepare"):
         claim(job, records)
         reasons, todo = survey(job, records, retry=retry)
         done = len(records) - len(todo)
@@ -107,24 +106,6 @@ def prepare(
         clips = write_manifest(out, (row for r in records if r not in reasons for row in rows_of(job, r)))
     unusable = tuple((record, reasons[record]) for record in records if record in reasons)
     return Summary(len(records) - len(unusable), clips, unusable)
-
-
-@contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Hold the cache's folder for this process; the lock ends with it, however it ends."""
-    descriptor = None
-    try:
-        try:
-            descriptor = os.open(out, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise SDRError(out, "another sdr prepare is writing there") from error
-        except OSError as error:
-            raise SDRError(out, f"cannot be locked: {error.strerror}") from error
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def claim(job: Job, records: Sequence[Record]) -> None:

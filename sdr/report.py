@@ -8,12 +8,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sdr.errors import escape
+from sdr.page import render_page
 
 if TYPE_CHECKING:
     from sdr.score import ClipScore, VideoScore
@@ -91,18 +91,14 @@ def render_report(results: Sequence[VideoScore], run: RunInfo) -> str:
         ValueError: a score or the threshold is outside [0, 1], a state is none of the three, an inconclusive video
             has a score or another has none, or ``run.reduce`` is unknown.
     """
-    from jinja2 import Environment, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
     _check(results, run)
     budget = plan_budget(len(results))
     names = short_names([result.path for result in results])
     videos = [_video(i, result, name, run, budget) for i, (result, name) in enumerate(zip(results, names, strict=True))]
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        files("sdr").joinpath("report.html").read_text(encoding="utf-8")
-    )
-    return page.render(
+    return render_page(
+        "report.html",
         run=_run(run),
+        version=escape(run.version),
         videos=videos,
         counts={state: sum(r.state == state for r in results) for state in ("fake", "real", "inconclusive")},
         judged=sum(r.truth is not None and r.score is not None for r in results),
@@ -114,7 +110,6 @@ def render_report(results: Sequence[VideoScore], run: RunInfo) -> str:
             "threshold_text": format_threshold(run.threshold),
             "videos": [_plot_data(v, r, budget) for v, r in zip(videos, results, strict=True)],
         },
-        plotly_js=get_plotlyjs(),
     )
 
 

@@ -17,6 +17,7 @@ from sdr.config import TPAConfig, check, check_choice
 from sdr.decoding import DECODERS, Limits
 from sdr.detectors import Detector
 from sdr.errors import SDRError, escape
+from sdr.evaluate import in_halves
 from sdr.faces import cut_clips, detect_faces, plan_clips, track_faces, why_no_clip
 from sdr.fast import accelerate
 from sdr.ftcn import FTCN
@@ -223,23 +224,18 @@ class Scorer:
         """Scores of clips, uint8 [N, 3, T, S, S]; ``samples`` key the draws of ``views="tpa"``."""
         samples = list(range(len(clips))) if samples is None else list(samples)
         device = next(self.model.parameters()).device
-        try:
+
+        def run(clips: Tensor, samples: list[int]) -> Tensor:
             views = clips.to(device)
             if self.config.views == "tpa":
                 V = self.model.config.num_branches
                 views = augment(views, TPAConfig(), seed=self.config.seed, epoch=0, samples=samples, num_views=V)
-            scores = self.model(views).logits.float().sigmoid()
-        except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            if len(clips) == 1:
-                raise SDRError("memory", f"one clip does not fit into the memory of {device}") from None
-        else:
-            if not scores.isfinite().all():
-                raise SDRError("weights", "the model gives no finite score for this clip")
-            return scores.tolist()
-        half = len(clips) // 2
-        return self.score_clips(clips[:half], samples[:half]) + self.score_clips(clips[half:], samples[half:])
+            return self.model(views).logits.float().sigmoid()
+
+        scores = in_halves(run, clips, samples, device=device)
+        if not scores.isfinite().all():
+            raise SDRError("weights", "the model gives no finite score for this clip")
+        return scores.tolist()
 
 
 def reduce_scores(clips: Sequence[ClipScore], reduce: str) -> float:

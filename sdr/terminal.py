@@ -29,7 +29,8 @@ PACKAGES = {  # what each extra must have brought
     "faces": ("onnx", "onnxruntime"),
     "report": ("jinja2", "plotly", "PIL"),
     "prepare": ("pyarrow", "PIL"),
-    "train": ("sklearn",),
+    "train": ("lightning_fabric", "sklearn", "tensorboard"),
+    "hub": ("huggingface_hub",),
 }
 
 

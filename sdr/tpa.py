@@ -76,7 +76,7 @@ def draw_view(config: TPAConfig, *, seed: int, epoch: int, sample: int, view: in
             crop[i] = draw_box(generator, config.crop_area, config.crop_ratio)
         elif method == "cutout":
             cutout[i] = draw_box(generator, config.cutout_area, config.cutout_ratio)
-        else:
+        elif method == "color_jitter":
             color[i] = draw_color(generator, config)
     repeat = num_frames // draws
     return ViewParameters(*(np.repeat(x, repeat, 0) for x in (flip, crop, color, cutout)))

@@ -1,175 +1,60 @@
-"""The training step and loop: one process, the reference model, all losses."""
+"""A training run: from a cache to weights, resumed where it was left, seen in logs and a report."""
 
 import json
 import logging
-import math
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
-from sdr.checkpoint import WeightsInfo, load_model, save_weights, sdr_from_ftcn
+from sdr.checkpoint import WeightsInfo, save_weights
+from sdr.checkpoints import Checkpoints
 from sdr.clip_cache import ClipCache
-from sdr.config import PRESETS, LossConfig, SDRConfig, TPAConfig, check, check_choice
+from sdr.datasets import read_json
+from sdr.engine import make_fabric, processes
 from sdr.errors import SDRError
-from sdr.evaluate import video_metrics
-from sdr.files import make_folder, to_csv, write_atomic
-from sdr.ftcn import FTCN
-from sdr.loading import Batch, LoaderConfig, TrainingLoader
-from sdr.losses import Losses, SDRLoss
-from sdr.model import SDRModel
+from sdr.evaluate import (
+    ScoredVideos,
+    best_threshold,
+    clip_scores,
+    dataset_name,
+    require_classes,
+    require_shape,
+    video_metrics,
+    video_scores,
+)
+from sdr.files import claim_folder, make_folder, sole_writer, write_atomic
+from sdr.loading import Batch, TrainingLoader
+from sdr.run_log import RunLog
+from sdr.run_results import write_results
+from sdr.train_config import TrainConfig, flatten, learning_rate, to_json
+from sdr.trainer import FIGURES, Trainer
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a model is trained.
-
-    Args:
-        preset: of the model.
-        num_branches: V; None keeps the preset's.
-        temporal_kernels: False trains the control whose convolutions are all 1x1x1.
-        epochs: passes over the larger class.
-        batch_size: clips per step, half of them real.
-        lr: of Adam, after the warm-up.
-        weight_decay: of Adam.
-        precision: ``bf16`` runs convolutions and products in bfloat16; weights, BN statistics and losses stay float32.
-        init: weights of an FTCN (`sdr convert`) that every branch and the transformer start from; None starts anew.
-        warmup_epochs: linear from 0; then a cosine to 0; None is a tenth of the epochs.
-        seed: of initialisation, order and augmentation.
-        max_bad_steps: consecutive steps with a non-finite loss or gradient after which training stops.
-        loader: how clips are drawn from the cache, read and augmented.
-        loss: weights and options of the losses.
-        tpa: methods and strengths of the augmentation.
-    """
-
-    preset: str = "tiny"
-    num_branches: int | None = None
-    temporal_kernels: bool = True
-    epochs: int = 100
-    batch_size: int = 16
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    init: str | None = None
-    warmup_epochs: float | None = None
-    seed: int = 0
-    max_bad_steps: int = 10
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    tpa: TPAConfig = field(default_factory=TPAConfig)
-
-    def __post_init__(self) -> None:
-        check_choice("preset", self.preset, tuple(PRESETS))
-        for name in ("epochs", "max_bad_steps"):
-            check(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
-        check(self.batch_size >= 2 and self.batch_size % 2 == 0, "batch_size", "be even", self.batch_size)
-        check(self.lr > 0, "lr", "be positive", self.lr)
-        check(self.weight_decay >= 0, "weight_decay", "not be negative", self.weight_decay)
-        check_choice("precision", self.precision, ("fp32", "bf16"))
-        if self.warmup_epochs is None:
-            object.__setattr__(self, "warmup_epochs", self.epochs / 10)
-        check(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", "lie in 0..epochs", self.warmup_epochs)
-
-    def model(self) -> SDRConfig:
-        fields = {"temporal_kernels": self.temporal_kernels}
-        if self.num_branches is not None:
-            fields["num_branches"] = self.num_branches
-        return replace(PRESETS[self.preset](), **fields)
+STAMP, CONFIG, RESULT = "run.json", "config.json", "result.json"
+WEIGHTS, BEST, LAST = "model.safetensors", "best.safetensors", "last.safetensors"
+# settings that change no number, so that a resumed run may have others
+FREE = ("max_bad_steps", "log_every", "checkpoint_every", "keep_last", "loader.readers", "loader.ahead")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the views
+Progress = Callable[[int, int, Mapping[str, float]], None]  # updates done, updates in all, the latest figures
 
 
-def learning_rate(config: TrainConfig, epoch: float) -> float:
-    """Linear warm-up, then half a cosine to 0; ``epoch`` counts fractions too."""
-    if epoch < config.warmup_epochs:
-        return config.lr * epoch / config.warmup_epochs
-    rest = max(config.epochs - config.warmup_epochs, 1e-9)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (epoch - config.warmup_epochs) / rest)))
+class TrainResult(NamedTuple):
+    """weights: model.safetensors of the run; metrics: of the validation split; finished: False where it was stopped."""
 
-
-def start_model(config: TrainConfig) -> SDRModel:
-    """The model before its first step: from FTCN's weights where ``init`` names them."""
-    if config.init is None:
-        return SDRModel(config.model())
-    source, _ = load_model(config.init)
-    model = sdr_from_ftcn(source, config.model().num_branches) if isinstance(source, FTCN) else source
-    if model.config != config.model():
-        raise SDRError(config.init, f"has the configuration {model.config}", f"the run asks for {config.model()}")
-    return model
-
-
-class Trainer:
-    """Model, losses and optimiser of one run; ``step`` is one update."""
-
-    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
-        self.config = config
-        torch.manual_seed(config.seed)
-        self.model = start_model(config).to(device)
-        self.loss = SDRLoss(config.loss).to(device)
-        self.device = torch.device(device)
-        self.parameters = [*self.model.parameters(), *self.loss.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, weight_decay=config.weight_decay)
-        self.bad_steps = 0
-
-    def step(self, batch: Batch, *, epoch: float) -> Losses:
-        """One update; a non-finite loss or gradient leaves every weight as it was.
-
-        Args:
-            batch: views, labels and names.
-            epoch: passes over the data until now, fractions too; sets the learning rate.
-
-        Raises:
-            SDRError: ``max_bad_steps`` such steps in a row; names the batch's clips.
-        """
-        statistics = [b.clone() for b in self.model.buffers()]
-        self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output = self.model(batch.views)
-        losses = self.loss(output, batch.labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if torch.isfinite(losses.total) and torch.isfinite(norm):
-            self.optimizer.step()
-            self.bad_steps = 0
-        else:
-            self._skip(statistics, batch.names)
-        return Losses(*(x.detach() for x in losses))
-
-    def _skip(self, statistics: Sequence[Tensor], names: Sequence[str]) -> None:
-        with torch.no_grad():
-            for buffer, saved in zip(self.model.buffers(), statistics, strict=True):
-                buffer.copy_(saved)
-        logger.warning("step skipped, its loss or gradient is not finite; clips %s", ", ".join(names))
-        self.bad_steps += 1
-        if self.bad_steps >= self.config.max_bad_steps:
-            raise SDRError(
-                "training", f"{self.bad_steps} steps in a row had no finite loss", f"last clips: {', '.join(names)}"
-            )
-
-    @torch.inference_mode()
-    def video_scores(self, cache: ClipCache) -> list[float]:
-        """Mean clip score of each video, the same clip for every branch."""
-        self.model.eval()
-        scores = []
-        for part in torch.arange(len(cache)).split(self.config.batch_size):
-            clips = torch.stack([torch.from_numpy(cache.read(i)) for i in part.tolist()])  # [B, T, S, S, 3]
-            scores.append(self.model(clips.to(self.device).permute(0, 4, 1, 2, 3)).logits.sigmoid().cpu())
-        scores = torch.cat(scores)
-        return [scores[cache.videos == v].mean().item() for v in range(len(cache.records))]
-
-
-def evaluate(trainer: Trainer, cache: ClipCache) -> dict[str, float]:
-    """Video-level metrics of a split; none where it holds a single class."""
-    labels = [record.label for record in cache.records]
-    return video_metrics(trainer.video_scores(cache), labels) if len(set(labels)) == 2 else {}
+    weights: Path
+    metrics: dict[str, float]
+    finished: bool
 
 
 def train(
@@ -178,73 +63,309 @@ def train(
     validation: ClipCache | None,
     out: str | Path,
     *,
-    info: WeightsInfo,
+    origin: str = "",
     device: torch.device | str = "cpu",
-    report: Callable[[int, int, dict[str, float]], None] = lambda step, steps, figures: None,
-) -> tuple[Path, dict[str, float]]:
-    """Train and write ``model.safetensors``, ``log.csv`` and ``config.json`` to the folder ``out``.
+    progress: Progress = lambda step, steps, figures: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Train in the folder ``out``, from where a run of the same settings and clips was left; nothing where it is done.
+
+    Under torchrun every process calls this; rank 0 writes.
 
     Args:
         config: of the run.
         data: clips to train on.
-        validation: scored after the last epoch; its metrics are written into the weights.
+        validation: scored now and then: its AUC chooses the weights that are kept. None keeps the last ones.
         out: folder; made when missing.
-        info: what the weights file is to say of its origin.
-        device: to train on.
-        report: called after every step with its number, the number of steps and the losses.
+        origin: one sentence for the weights file: what they were trained on.
+        device: to train on; under torchrun its type counts.
+        progress: called on rank 0 after every update.
+        stop: asked after every update; once it says True on any process, a checkpoint is written and the run ends.
 
     Returns:
-        The weights' path and the validation metrics.
+        The weights, the best validation's metrics, and whether the run has come to its end.
 
     Raises:
-        SDRError: the clips are not of the model's size, a clip cannot be read, or ``out`` holds weights already.
+        SDRError: the clips are not of the model's size or of one class only, a clip cannot be read, ``out`` holds
+            something else, too many updates in a row had no finite loss, memory or the disk is full.
     """
-    out = Path(out)
-    weights = out / "model.safetensors"
     for cache in filter(None, (data, validation)):
-        require_shape(cache, config.model())
-    if weights.exists():
-        raise SDRError(weights, "is there from an earlier run", "choose another --out, or remove it")
+        require_shape(cache, config.shape)
+        require_classes(cache.folder, cache.labels, use="training" if cache is data else "validation")
+    out = Path(out)
+    with deterministic(config.deterministic):
+        fabric = make_fabric(config, torch.device(device))
+        main = fabric.global_rank == 0
+        with claimed(out, config, data, validation) if main else nullcontext():
+            fabric.barrier()
+            if (out / RESULT).exists():
+                return TrainResult(out / WEIGHTS, read_json(out / RESULT)["metrics"], finished=True)
+            with Run(config, data, validation, out, fabric, origin=origin) as run:
+                finished = run(progress, stop)
+    return TrainResult(out / WEIGHTS, run.best_metrics, finished)
+
+
+@contextmanager
+def claimed(out: Path, config: TrainConfig, data: ClipCache, validation: ClipCache | None) -> Iterator[None]:
+    """Hold ``out`` as this run's folder; raises SDRError that names each setting that was another one."""
+    settings = {name: value for name, value in flatten(to_json(config)).items() if name not in FREE}
+    settings |= {"data": data.digest, "validation": validation.digest if validation else None}
+    settings |= {"processes": processes().world_size}
     make_folder(out)
-    trainer = Trainer(config, device)
-    loader = TrainingLoader(
-        data,
-        config.loader,
-        config.tpa,
-        batch_size=config.batch_size,
-        num_views=config.model().num_branches,
-        seed=config.seed,
-        device=device,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-    )
-    steps = len(loader) * config.epochs
-    rows: list[dict] = []
-    with closing(iter(loader)) as batches:
-        for batch in islice(batches, steps):
-            now = batch.epoch + (batch.index + 0.5) / len(loader)  # the middle of the step: neither end has a rate of 0
-            losses = trainer.step(batch, epoch=now)
-            figures = {name: value.item() for name, value in losses._asdict().items()}
-            rows.append({"step": len(rows) + 1, "epoch": round(now, 4), **figures})
-            report(len(rows), steps, figures)
-    info = replace(info, training=to_json(config))
-    save_weights(weights, trainer.model, info)  # before the evaluation, whose failure must not cost the run
-    write_atomic(out / "log.csv", to_csv(rows, tuple(rows[0])))
-    write_atomic(out / "config.json", json.dumps(to_json(config), indent=2) + "\n")
-    metrics = evaluate(trainer, validation) if validation else {}
-    save_weights(weights, trainer.model, replace(info, metrics={f"validation {n}": v for n, v in metrics.items()}))
-    return weights, metrics
+    with sole_writer(out, "sdr train"):
+        claim_folder(out, STAMP, settings, command="sdr train", report=CONFIG)
+        write_atomic(out / CONFIG, json.dumps(to_json(config), indent=2) + "\n")
+        yield
 
 
-def require_shape(cache: ClipCache, model: SDRConfig) -> None:
-    """Raise SDRError where the cache's clips are not of the model's size."""
-    T, S = cache.shape[:2]
-    if model.num_frames != T or model.image_size != S:
-        wanted = f"--num_frames {model.num_frames} --size {model.image_size}"
-        raise SDRError(
-            cache.folder, f"holds clips of {T} x {S} x {S}", f"the model takes those of sdr prepare {wanted}"
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """torch's deterministic algorithms for a while, where they are wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class Run:
+    """One training run on its way: what was done, and what to do next."""
+
+    def __init__(
+        self, config: TrainConfig, data: ClipCache, validation: ClipCache | None, out: Path, fabric, *, origin: str
+    ) -> None:
+        self.config, self.validation, self.out, self.fabric = config, validation, out, fabric
+        self.info = WeightsInfo(origin, bool(data.settings.get("synthetic", False)), {}, to_json(config))
+        self.main = fabric.global_rank == 0
+        self.trainer = Trainer(config, fabric)
+        self.loader = TrainingLoader(
+            data,
+            config.loader,
+            config.tpa,
+            batch_size=config.batch_size // config.accumulate,
+            num_views=config.num_views,
+            seed=config.seed,
+            device=fabric.device,
+            dtype=DTYPES[config.precision],
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        )
+        self.steps = max(1, len(self.loader) * config.epochs // config.accumulate)
+        self.step, self.validated, self.bad, self.skipped = 0, 0, 0, 0
+        self.best_metrics: dict[str, float] = {}
+        self.best_scores = torch.empty(0, dtype=torch.float64)  # of the validation videos, by the best weights
+        self.pending: list[tuple[Tensor, list[str]]] = []  # figures of updates that were not looked at yet, and clips
+        self.figures: dict[str, float] = {}
+        self.checkpoints = Checkpoints(out / "checkpoints", config.keep_last)
+        self._resume()
+        self.log = RunLog(out, step=self.step, validated=self.validated) if self.main else None
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.log:
+            self.log.__exit__(*error)
+
+    def __call__(self, progress: Progress, stop: Callable[[], bool]) -> bool:
+        """Train to the end, or until ``stop``; returns whether that is the end."""
+        with closing(iter(self.loader)) as batches:
+            while True:
+                if self._validation_is_due():
+                    self._validate()
+                    self._save()
+                if self.step == self.steps:
+                    break
+                self._update(list(islice(batches, self.config.accumulate)))
+                if self.main:
+                    progress(self.step, self.steps, self.figures)
+                if self._stopping(stop):
+                    self._save()
+                    return False
+                if self.step % self.config.checkpoint_every == 0:
+                    self._save()
+        self._finish()
+        return True
+
+    def _epoch(self, step: float) -> float:
+        """Passes over the data until after update ``step``."""
+        return step * self.config.accumulate / len(self.loader)
+
+    def _update(self, batches: Sequence[Batch]) -> None:
+        # the middle of the update: neither end has a learning rate of 0
+        figures = self.trainer.step(batches, epoch=self._epoch(self.step + 0.5))
+        self.step += 1
+        self.pending.append((figures, [name for batch in batches for name in batch.names]))
+        if self.step % self.config.log_every == 0 or self.step == self.steps:
+            self._look()
+
+    def _look(self) -> None:
+        """Bring the pending figures to the host, log them, and stop where too many updates in a row were skipped."""
+        if not self.pending:
+            return
+        table = torch.stack([figures for figures, _ in self.pending]).cpu().tolist()
+        first = self.step - len(table)
+        rows = []
+        for number, values in enumerate(table):
+            epoch = self._epoch(first + number + 0.5)
+            row = {"step": first + number + 1, "epoch": epoch, "lr": learning_rate(self.config, epoch)}
+            rows.append(row | dict(zip(FIGURES, values, strict=True)))
+        names = self._all_names() if any(row["skipped"] for row in rows) else [()] * len(rows)
+        self.pending.clear()
+        seconds = time.perf_counter() - self.since
+        self.since += seconds
+        if self.log:
+            self.log.losses([row | {"skipped": int(row["skipped"])} for row in rows])
+        for row, clips in zip(rows, names, strict=True):
+            self._count(row, clips)
+        memory = torch.cuda.max_memory_allocated(self.fabric.device) if self.fabric.device.type == "cuda" else 0
+        speed = {"seconds": seconds, "clips_per_second": len(rows) * self.config.batch_size / max(seconds, 1e-9)}
+        speed |= {"memory_gb": memory / 1e9}
+        self.figures = rows[-1] | speed
+        if self.log:
+            self.log.throughput({"step": self.step, **speed, "skipped_total": self.skipped})
+
+    def _all_names(self) -> list[list[str]]:
+        """Of each pending update, the clips of all processes."""
+        ranks = self.trainer.gather([names for _, names in self.pending])
+        return [[name for names in parts for name in names] for parts in zip(*ranks, strict=True)]
+
+    def _count(self, row: Mapping[str, float], clips: Sequence[str]) -> None:
+        """Count a skipped update.
+
+        Raises:
+            SDRError: ``max_bad_steps`` of them in a row; names the clips.
+        """
+        self.bad = self.bad + 1 if row["skipped"] else 0
+        if not row["skipped"]:
+            return
+        self.skipped += 1
+        named = ", ".join(clips)
+        if self.main:
+            logger.warning("update %d skipped, its loss or gradient is not finite; clips %s", row["step"], named)
+        if self.bad >= self.config.max_bad_steps:
+            what = f"{self.bad} updates in a row had no finite loss or gradient, the last one was {row['step']}"
+            raise SDRError("training", what, f"its clips: {named}")
+
+    def _validation_is_due(self) -> bool:
+        if self.validation is None or self.step == self.validated or self.step == 0:
+            return False
+        before, now = (self._epoch(step) / self.config.validate_every for step in (self.step - 1, self.step))
+        return self.step == self.steps or int(now) > int(before)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Score the validation split by the weights or their moving average, and keep them where they are the best."""
+        self._look()
+        self.trainer.share_buffers()
+        self.trainer.module.eval()
+        with self.trainer.averaged():
+            scores = video_scores(self._clip_scores(self.validation), self.validation)
+            labels = [record.label for record in self.validation.records]
+            metrics = video_metrics(scores, labels) | {"threshold": best_threshold(scores, labels)}
+            better = not self.best_metrics or metrics["video AUC"] > self.best_metrics["video AUC"]
+            state = self.trainer.weights() if better else {}
+        if better:
+            self.best_metrics, self.best_scores = metrics, torch.from_numpy(np.asarray(scores))
+            self._write_weights(BEST, state)
+        if self.log:
+            self.log.validation({"step": self.step, "epoch": self._epoch(self.step), **metrics})
+        self.validated = self.step
+        self.since = time.perf_counter()  # its time is not training's
+
+    def _clip_scores(self, cache: ClipCache) -> Tensor:
+        """Of every clip, [N] float64 on the CPU; each process scores a share, of one size since FSDP's run together."""
+        rank, ranks = self.fabric.global_rank, self.fabric.world_size
+        share = [i % len(cache) for i in range(rank, -(-len(cache) // ranks) * ranks, ranks)]
+        batch_size = max(1, self.config.batch_size // (self.config.accumulate * ranks))
+        scores = clip_scores(self.trainer.module, cache, share, batch_size=batch_size, device=self.fabric.device)
+        return torch.stack(self.trainer.gather(scores), 1).flatten()[: len(cache)]
+
+    def _write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
+        if self.main:
+            save_weights(self.out / name, self.trainer.objective.model, self._info(), state)
+
+    def _info(self) -> WeightsInfo:
+        return replace(self.info, metrics={f"validation {name}": value for name, value in self.best_metrics.items()})
+
+    def _stopping(self, stop: Callable[[], bool]) -> bool:
+        wanted = stop()
+        if self.fabric.world_size == 1:
+            return wanted
+        flag = torch.tensor(int(wanted))  # by gloo: the GPUs are not waited for
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.trainer.hosts)
+        return bool(flag)
+
+    def _save(self) -> None:
+        """Write a checkpoint; what was logged until here is on the disk before it."""
+        self._look()
+        tensors, values = self.trainer.state()
+        values |= {"step": self.step, "validated": self.validated, "bad": self.bad, "skipped": self.skipped}
+        values |= {"best_metrics": self.best_metrics, "loader": self.loader.state_dict(), "versions": versions()}
+        if self.log:
+            self.log.sync()
+            self.checkpoints.save(self.step, {**tensors, "best_scores": self.best_scores}, values)
+        self.fabric.barrier()
+
+    def _resume(self) -> None:
+        found = self.checkpoints.load()
+        if found is None:
+            return
+        tensors, values = found
+        self.loader.load_state_dict(values["loader"])
+        self.trainer.load_state(tensors, values)
+        self.step, self.validated = values["step"], values["validated"]
+        self.bad, self.skipped = values["bad"], values["skipped"]
+        self.best_metrics, self.best_scores = values["best_metrics"], tensors["best_scores"]
+        if self.main:
+            logger.info("going on after update %d of %d", self.step, self.steps)
+            if values["versions"] != versions():
+                before, now = values["versions"], versions()
+                others = [
+                    f"{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]
+                ]
+                logger.warning("the run began with other software, its numbers may differ: %s", "; ".join(others))
+
+    def _finish(self) -> None:
+        self._look()
+        self.trainer.share_buffers()
+        with self.trainer.averaged():
+            self._write_weights(LAST, self.trainer.weights())
+        if self.main:
+            chosen = BEST if self.best_metrics else LAST
+            try:
+                content = (self.out / chosen).read_bytes()
+            except OSError as error:
+                raise SDRError(self.out / chosen, f"cannot be read: {error.strerror}") from error
+            write_atomic(self.out / WEIGHTS, content)
+            self.log.sync()
+            self._write_results()
+            write_atomic(self.out / RESULT, json.dumps({"steps": self.steps, "metrics": self.best_metrics}, indent=1))
+        self.fabric.barrier()
+
+    def _write_results(self) -> None:
+        scored = None
+        if self.validation is not None:
+            records = self.validation.records
+            labels = np.array([record.label for record in records])
+            methods = tuple(record.method if record.label else "real" for record in records)
+            names = tuple(str(record.path) for record in records)
+            dataset = dataset_name(self.validation)
+            scored = ScoredVideos(dataset, names, self.best_scores.numpy(), labels, methods)
+        write_results(
+            self.out,
+            info=self._info(),
+            config=self.trainer.objective.model.config,
+            data=self.info.origin,
+            scored=scored,
+            threshold=self.best_metrics.get("threshold"),
         )
 
 
-def to_json(config: TrainConfig) -> dict:
-    """The configuration as JSON values: sets become sorted lists."""
-    return json.loads(json.dumps(asdict(config), default=sorted))
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on besides its settings."""
+    import sdr
+
+    return {"sdr": sdr.__version__, "torch": torch.__version__, "python": platform.python_version()}

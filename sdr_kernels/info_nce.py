@@ -72,9 +72,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
+        out = x.new_empty((dist.get_world_size(group), *x.shape))
+        dist.all_gather(list(out), x.contiguous(), group=group)
+        return out.flatten(0, 1)
 
     @staticmethod
     @differentiable_once

@@ -27,20 +27,29 @@ def make_cache(
     size: int = S,
     splits: tuple[str, ...] = ("train",),
     seed: int = 0,
+    methods: tuple[str, ...] = ("Flicker",),
+    layout: str = "csv",
+    synthetic: bool = True,
 ) -> Path:
-    """A cache of ``real`` + ``fake`` videos of ``clips`` clips in each split, in turns; clips as ``flicker`` draws."""
+    """A cache of ``real`` videos, and ``fake`` of each method, of ``clips`` clips in each split.
+
+    Clips are as ``flicker`` draws them. Real and fake take turns where the first method has as many as there are real.
+    """
     folder.mkdir(parents=True)
-    settings = {"layout": "csv", "synthetic": True, "num_frames": T, "size": size}
+    settings = {"layout": layout, "synthetic": synthetic, "num_frames": T, "size": size}
     (folder / SETTINGS).write_text(json.dumps(settings))
     rng = np.random.default_rng(seed)
     rows = []
-    labels = [0, 1] * real if real == fake else [0] * real + [1] * fake
+    first, *others = methods
+    names = ["real", first] * real if real == fake else ["real"] * real + [first] * fake
+    names += [method for method in others for _ in range(fake)]
     for split in splits:
-        for number, label in enumerate(labels):
+        for number, method in enumerate(names):
+            label = int(method != "real")
             row = {
                 "video": f"{split}/{number:03d}.mp4",
                 "label": label,
-                "method": "Flicker" if label else "real",
+                "method": method,
                 "split": split,
                 "identity": f"{split}{number}",
                 "video_sha256": f"{split}{number}",

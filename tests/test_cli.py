@@ -219,7 +219,7 @@ def test_bad_usage_is_code_2(arguments, capsys):
         ("score x.mp4 --split test", "--split: needs --truth"),
         ("train --data x --out y --loss.ce -1", "ce must not be negative"),
         ("train --data x --out y --tpa.hue 7", "hue must lie in [0, 0.5]"),
-        ("train --data x --out y --batch_size 3", "batch_size must be even"),
+        ("train --data x --out y --batch_size 3", "batch_size must be a multiple of 2"),
         ("train --data x --out y", "x: no such folder (sdr prepare makes a cache)"),
         ("prepare x --layout ffpp --out y", "x: "),
         ("prepare --check x", "x: no such folder"),

@@ -14,6 +14,7 @@ from torch import nn
 import sdr
 from sdr import SDRLoss, ftcn_released, paper, tiny
 from sdr.fast import SDRModel, accelerate
+from sdr.packing import PackedModel
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
 from sdr_kernels import _ops
 
@@ -273,6 +274,27 @@ def test_a_gradient_in_evaluation_is_the_reference_and_said_once(caplog):
     assert torch.equal(gradients[0], gradients[1])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "use torch.inference_mode()" in caplog.text
+
+
+def test_looking_sideways_is_the_reference_and_said_once(caplog):
+    model = random_model(replace(CONFIGS["tiny"], spatial_kernel=3))
+    fast = SDRModel.from_reference(model)
+    views = random_views(model.config, batch=2)
+    with caplog.at_level(logging.INFO, "sdr.fast"), torch.inference_mode():
+        for _ in range(2):
+            assert torch.equal(fast(views).logits, model(views).logits)
+    assert [record.message for record in caplog.records] == [
+        "the reference model runs: the kernels are for spatial_kernel 1"
+    ]
+    with pytest.raises(ValueError, match="spatial_kernel must be 1 for the kernels, got 3"):
+        PackedModel(model, torch.float32)
+
+
+def test_accelerate_a_plain_resnet():
+    model = sdr.FTCN(replace(CONFIGS["tiny"], spatial_kernel=3).branch()).eval()
+    views = random_views(CONFIGS["tiny"], per_branch=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(accelerate(model)(views).logits, model(views).logits)
 
 
 def test_copies_and_pickles_start_afresh():

@@ -14,18 +14,22 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # a module may import, at its top, only from the layers above it in this list
 LAYERS = [
     {"errors", "decode_worker"},
-    {"files", "config", "containers", "decoding", "decode_worker_dali", "portraits"},
-    {"tpa", "video", "detectors"},
-    {"transformer", "faces", "datasets", "dali"},
+    {"files", "config", "containers", "decoding", "decode_worker_dali", "portraits", "recompute", "sync_norm"},
+    {"tpa", "video", "detectors", "bootstrap", "terminal", "page", "run_log", "hub"},
+    {"transformer", "faces", "datasets", "dali", "model_card", "published"},
     {"ftcn", "trfi", "frame_lists", "deepfakebench", "synth_layouts", "clip_cache"},
-    {"model", "graphs", "layouts", "synth", "cache_check"},
+    {"model", "graphs", "layouts", "synth", "cache_check", "shortcut"},
     {"packing", "losses", "checkpoint", "loading", "evaluate", "cutting"},
-    {"fast", "prepare"},
-    {"train", "score"},
-    {"report"},
+    {"fast", "prepare", "train_config", "checkpoints"},
+    {"engine", "objective", "training_report", "score"},
+    {"trainer", "report", "run_results"},
+    {"train"},
+    {"protocol"},
+    {"reproduce"},
+    {"reproduce_tables"},
     {"__init__"},
-    {"terminal"},
-    {"score_command", "prepare_command"},
+    {"score_command", "prepare_command", "train_command", "evaluate_command"},
+    {"reproduce_command"},
     {"cli"},
 ]
 DATA = {
@@ -52,6 +56,7 @@ DATA = {
     "synth_layouts",
 }
 MODEL = {"transformer", "ftcn", "trfi", "model", "packing", "fast", "losses", "checkpoint", "train", "score"}
+MODEL |= {"hub", "evaluate", "objective", "engine", "trainer", "train_config", "model_card"}
 BASE = {"torch", "numpy", "sdr", "sdr_kernels"}
 WORKER = {"av"}  # run as a script of its own
 
@@ -107,8 +112,8 @@ def test_kernels_know_nothing_of_the_model(file):
 
 def test_importing_prints_nothing_and_loads_no_optional_package():
     code = """
-import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr_kernels
-heavy = {"triton", "av", "pyarrow", "nvidia.dali"}
+import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr.reproduce, sdr_kernels
+heavy = {"triton", "av", "pyarrow", "nvidia.dali", "lightning_fabric", "huggingface_hub", "tensorboard", "scipy"}
 heavy |= {"onnxruntime", "onnx", "cv2", "sklearn", "skimage", "jinja2", "plotly", "PIL", "rich", "jsonargparse"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """

@@ -104,6 +104,66 @@ def test_control_has_no_temporal_convolution():
     assert {m.kernel_size for m in model.modules() if isinstance(m, nn.Conv3d)} == {(1, 1, 1)}
 
 
+def test_plain_resnet_looks_sideways_where_a_resnet_does():
+    """(5,3,3) in the stem, (1,3,3) in every conv b, and nothing else but FTCN's."""
+    plain = FTCN(small(spatial_kernel=3).branch())
+    sizes = {name: m.kernel_size for name, m in plain.named_modules() if isinstance(m, nn.Conv3d)}
+    for name, m in FTCN(small().branch()).named_modules():
+        if isinstance(m, nn.Conv3d):
+            sideways = (3, 3) if name.endswith((".b", "stem.conv")) else (1, 1)
+            assert sizes.pop(name) == (m.kernel_size[0], *sideways), name
+    assert sizes == {}
+    assert plain(torch.randn(2, 3, 8, 32, 32)).logits.shape == (2,)
+    assert SDRModel(small(spatial_kernel=3))(torch.randn(1, 3, 8, 32, 32)).logits.shape == (1,)
+
+
+def test_sideways_convolution_against_its_sum():
+    conv = TemporalConv3d(2, 3, 3, 3).double()
+    x = torch.randn(1, 2, 4, 5, 5, dtype=torch.float64)
+    padded = F.pad(x, (1, 1, 1, 1, 1, 1))
+    expected = torch.zeros(1, 3, 4, 5, 5, dtype=torch.float64)
+    for t in range(3):
+        for i in range(3):
+            for j in range(3):
+                part = padded[:, :, t : t + 4, i : i + 5, j : j + 5]
+                expected += torch.einsum("oc,bcthw->bothw", conv.weight[:, :, t, i, j], part)
+    assert torch.allclose(conv(x), expected, atol=1e-12)
+
+
+def neighbours_seen(config: FTCNConfig) -> bool:
+    """Whether the order of pixels inside each 2x2 window of the first pool changes a token."""
+    backbone = Backbone(config).eval()
+    clip = torch.randn(1, 3, 8, 32, 32)
+    turned = clip.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).flip(-1, -3).flatten(-2).flatten(-3, -2)
+    with torch.no_grad():
+        return not torch.allclose(backbone.tokens(clip), backbone.tokens(turned), atol=1e-6)
+
+
+def test_only_the_plain_resnet_sees_how_pixels_lie_inside_a_pool():
+    assert not neighbours_seen(small())
+    assert neighbours_seen(small(spatial_kernel=3))
+
+
+def test_spatial_kernel_of_1_moves_no_random_draw():
+    """The branch's weights are those that a loop over bare convolutions of the same shapes draws."""
+    torch.manual_seed(3)
+    backbone = Backbone(small())
+    after = torch.randn(3)
+    torch.manual_seed(3)
+    convs = {}
+    C = 8
+    shapes = {"stem.conv": (3, C, 5), "res2.0.a": (C, C, 3), "res2.0.b": (C, C, 1), "res2.0.c": (C, 4 * C, 1)}
+    shapes |= {"res2.0.branch1": (C, 4 * C, 1), "res3.0.a": (4 * C, 2 * C, 3), "res3.0.b": (2 * C, 2 * C, 1)}
+    shapes |= {"res3.0.c": (2 * C, 8 * C, 1), "res3.0.branch1": (4 * C, 8 * C, 1)}
+    for name, (C_in, C_out, k) in shapes.items():
+        convs[name] = nn.Conv3d(C_in, C_out, (k, 1, 1), bias=False)
+    for conv in convs.values():
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    assert torch.equal(after, torch.randn(3))
+    for name, conv in convs.items():
+        assert torch.equal(backbone.get_submodule(name).weight, conv.weight), name
+
+
 def test_initialisation():
     block = Bottleneck(64, 64, kernel=3, pool=False)
     backbone = Backbone(tiny())
@@ -306,6 +366,9 @@ def test_rejects_wrong_views(views, message):
         ({"blocks": (1,)}, "blocks must name every stage"),
         ({"width": 8.0}, "width must be at least 1 and a whole number"),
         ({"temporal_kernels": "no"}, "temporal_kernels must be true or false"),
+        ({"spatial_kernel": 2}, "spatial_kernel must be odd, got 2"),
+        ({"spatial_kernel": 0}, "spatial_kernel must be at least 1"),
+        ({"image_size": 32, "spatial_kernel": 33}, "spatial_kernel must not pass image_size, got 33"),
         ({"image_size": 40}, "image_size must be a multiple of 16, got 40"),
     ],
 )

@@ -4,14 +4,13 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import re
-import shutil
 import time
 from html import unescape
 
 import numpy as np
 import pytest
+from pages import browser, find, open_html, shown, texts, wait_until  # noqa: F401, fixtures
 
 from sdr.report import RunInfo, explain, format_score, frame_numbers, plan_budget, render_report, short_names
 from sdr.score import ClipScore, VideoScore
@@ -227,67 +226,9 @@ def test_300_videos_stay_small_and_quick():
 # ---------------------------------------------------------------- in a browser
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Headless Chromium that logs requests and console messages; absent is a failure where CI is set."""
-    programs = shutil.which("chromium"), shutil.which("chromedriver")
-    if None in programs and "CI" not in os.environ:
-        pytest.skip("no chromium and chromedriver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
-    for flag in (*flags.split(), "disable-sync", "window-size=1280,900"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(programs[1]))
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture
-def open_page(browser, tmp_path):
-    """Writes and opens a report; afterwards no message may stand in the console, no request have left the file."""
-
-    def open_report(results, run=RUN, fragment=""):
-        path = tmp_path / "report.html"
-        path.write_text(render_report(results, run), encoding="utf-8")
-        browser.get(path.as_uri() + fragment)
-        wait_until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "true")
-        return browser
-
-    yield open_report
-    assert browser.get_log("browser") == []
-    requests = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    sent = [request["params"] for request in requests if request["method"] == "Network.requestWillBeSent"]
-    ours = [params for params in sent if params["documentURL"].startswith("file:")]  # not of Chromium's start page
-    urls = [params["request"]["url"] for params in ours]
-    assert any(url.startswith("file:") for url in urls)  # the log does hold requests
-    assert [url for url in urls if not url.startswith(("file:", "data:"))] == []
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the page did not get there in time"
-        time.sleep(0.05)
-
-
-def find(page, selector: str):
-    return page.find_element("css selector", selector)
-
-
-def texts(page, selector: str) -> list[str]:
-    """What is visible of each element, white space folded."""
-    return [" ".join(element.text.split()) for element in page.find_elements("css selector", selector)]
-
-
-def shown(page, selector: str) -> str:
-    (text,) = texts(page, selector)
-    return text
+def open_page(open_html):  # noqa: F811
+    return lambda results, run=RUN, fragment="": open_html(render_report(results, run), fragment)
 
 
 def middle(element) -> tuple[float, float]:
@@ -461,7 +402,7 @@ def test_what_the_score_means_is_said(open_page):
 
 
 @pytest.mark.parametrize("width", [400, 1280])
-def test_nothing_sticks_out_sideways(open_page, browser, width):
+def test_nothing_sticks_out_sideways(open_page, browser, width):  # noqa: F811
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
@@ -472,7 +413,7 @@ def test_nothing_sticks_out_sideways(open_page, browser, width):
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_dark_scheme_repaints_the_plots(open_page, browser):
+def test_dark_scheme_repaints_the_plots(open_page, browser):  # noqa: F811
     page = open_page([make_video("/v/one.mp4", [0.2])])
     stroke = "return getComputedStyle(document.querySelector('.timeline path.js-line')).stroke"
     wait_until(lambda: page.find_elements("css selector", ".timeline[data-drawn=true]") != [])

@@ -271,6 +271,21 @@ def test_order_of_the_jitter_is_drawn():
     assert orders == {True, False}
 
 
+def test_none_is_the_normalised_clip():
+    """Bit for bit, whatever other views are drawn, and no number is taken from the generator of another view."""
+    clips = torch.stack([still_clip(0), still_clip(1)])
+    key = {"seed": 4, "epoch": 1, "samples": [3, 8]}
+    alone = augment(clips, TPAConfig(methods=("none",)), **key, num_views=2)
+    expected = normalise(clips)
+    assert torch.equal(alone[:, 0], expected)
+    assert torch.equal(alone[:, 1], expected)
+    mixed = augment(clips, TPAConfig(methods=("crop", "none", "flip"), per_frame={"crop"}), **key, num_views=3)
+    assert torch.equal(mixed[:, 1], expected)
+    assert torch.equal(mixed[:, 2], expected.flip(-1))
+    default = augment(clips, TPAConfig(per_frame={"crop"}, methods=("crop",)), **key, num_views=1)
+    assert torch.equal(mixed[:, 0], default[:, 0])
+
+
 def test_input_is_not_modified():
     clip = still_clip().clone()
     before = clip.clone()
@@ -285,7 +300,8 @@ def test_input_is_not_modified():
         ({"methods": ("blur",)}, "must be one of color_jitter"),
         ({"hue": 0.7}, "hue must lie in"),
         ({"crop_area": (0.9, 0.7)}, "crop_area must be a positive, ordered pair"),
-        ({"per_frame": {"grid"}}, "must be one of"),
+        ({"per_frame": {"grid"}}, "per_frame must be one of"),
+        ({"per_frame": {"none"}}, "per_frame must be one of color_jitter, cutout, flip, crop, got 'none'"),
     ],
 )
 def test_rejects_wrong_configuration(fields, message):

@@ -1,0 +1,21 @@
+"""HTML pages that need nothing else: no network, no second file, no server."""
+
+from importlib.resources import files
+from typing import Any
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page of this package: ``template`` extends page.html, which has the style and the scripts that pages share.
+
+    Everything in ``values`` is escaped, and the page forbids itself every network request.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    def read(name: str) -> str:
+        return files("sdr").joinpath(name).read_text(encoding="utf-8")
+
+    pages = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(read)
+    )
+    return pages.get_template(template).render(plotly_js=get_plotlyjs(), **values)

@@ -1,0 +1,101 @@
+"""Two processes over gloo train like one process on the joint batch."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from clip_caches import make_cache
+from train_runs import config, model, results
+
+from sdr.checkpoint import load_model
+from sdr.clip_cache import ClipCache
+from sdr.errors import SDRError
+from sdr.train import train
+
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).with_name("distributed_runs.py")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """An odd number of validation clips: the shares of two processes are not equal."""
+    return make_cache(tmp_path_factory.mktemp("distributed") / "cache", real=12, fake=11, splits=("train", "val"))
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory, cache) -> Path:
+    """A run by one process."""
+    out = tmp_path_factory.mktemp("joint") / "run"
+    train(
+        config(model=model(dropout=0.0), ema=0.5), ClipCache(cache, split="train"), ClipCache(cache, split="val"), out
+    )
+    return out
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def runs(request, tmp_path_factory, cache) -> tuple[Path, list[str]]:
+    """Runs by two processes, and what rank 0 said of them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    synchronised = {"strategy": request.param, "sync_batchnorm": True}
+    jobs = [
+        ("joint", {**synchronised, "clip_norm": 1e6}, 0),
+        ("whole", {**synchronised, "recompute": True}, 0),
+        ("stopped", {**synchronised, "recompute": True}, 6),  # where a validation is due
+        ("stopped", {**synchronised, "recompute": True}, 0),
+        ("apart", {"strategy": request.param}, 0),
+        ("odd", {"batch_size": 6}, 0),
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    command += [str(cache), str(folder), json.dumps(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout.splitlines()
+
+
+def table(path: Path) -> list[dict[str, float]]:
+    return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(path.read_text().splitlines())]
+
+
+def flat_weights(path: Path) -> torch.Tensor:
+    state = load_model(path / "last.safetensors")[0].state_dict()
+    return torch.cat([state[name].flatten().double() for name in sorted(state)])
+
+
+def test_train_like_one_on_the_joint_batch(runs, joint):
+    folder, said = runs
+    assert said[0] == "joint finished"
+    for name in ("losses.csv", "validation.csv"):
+        for row, expected in zip(table(folder / "joint" / name), table(joint / name), strict=True):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    found, expected = flat_weights(folder / "joint"), flat_weights(joint)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_a_stop_on_one_process_stops_both_and_they_go_on_bit_for_bit(runs):
+    folder, said = runs
+    assert said[1:4] == ["whole finished", "stopped stopped", "stopped finished"]
+    assert results(folder / "stopped") == results(folder / "whole")
+
+
+def test_batch_norms_of_each_process_see_its_own_clips(runs, joint):
+    folder, said = runs
+    assert said[4] == "apart finished"
+    rows, expected = table(folder / "apart/losses.csv"), table(joint / "losses.csv")
+    assert rows[0]["total"] != pytest.approx(expected[0]["total"], rel=1e-3)
+    assert rows[-1]["total"] < rows[0]["total"]
+
+
+def test_what_does_not_fit_several_processes_is_refused_in_one_line(runs, cache):
+    folder, said = runs
+    assert said[5] == "odd refused: options: batch_size must be a multiple of 4 for 2 processes, got 6"
+    fields = json.loads((folder / "joint/config.json").read_text())
+    settings = config(
+        model=model(dropout=0.0), ema=0.5, strategy=fields["strategy"], sync_batchnorm=True, clip_norm=1e6
+    )
+    caches = (ClipCache(cache, split=split) for split in ("train", "val"))
+    with pytest.raises(SDRError, match=r"joint: was written with other settings: processes was 2, now 1 \("):
+        train(settings, *caches, folder / "joint")
