@@ -265,7 +265,8 @@ class Run:
             scores = video_scores(self._clip_scores(self.validation), self.validation)
             labels = [record.label for record in self.validation.records]
             metrics = video_metrics(scores, labels) | {"threshold": best_threshold(scores, labels)}
-            better = not self.best_metrics or metrics["video AUC"] > self.best_metrics["video AUC"]
+            # of equal ones the later weights, which have learned for longer
+            better = metrics["video AUC"] >= self.best_metrics.get("video AUC", 0.0)
             state = self.trainer.weights() if better else {}
         if better:
             self.best_metrics, self.best_scores = metrics, torch.from_numpy(np.asarray(scores))

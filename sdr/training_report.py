@@ -43,7 +43,7 @@ class TrainingRun:
         created: ISO 8601 time.
         losses: rows of losses.csv.
         throughput: rows of throughput.csv.
-        validation: rows of validation.csv; the first of the highest AUC is marked as the best.
+        validation: rows of validation.csv; the last of the highest AUC is marked as the best.
         scored: the validation videos, by the weights that were kept; None without a validation split.
         threshold: the validation split's most accurate one.
         metrics: name to value, of the weights that were kept.
@@ -194,9 +194,9 @@ def curve(
 
 
 def best_row(validation: Sequence[Row]) -> int | None:
-    """Index of the first row of the highest AUC."""
+    """Index of the last row of the highest AUC: the one whose weights are kept."""
     found = [row.get("video AUC", math.nan) for row in validation]
-    return int(np.nanargmax(found)) if np.isfinite(found).any() else None
+    return len(found) - 1 - int(np.nanargmax(found[::-1])) if np.isfinite(found).any() else None
 
 
 def validation_plot(validation: Sequence[Row]) -> dict[str, Any] | None:

@@ -131,7 +131,7 @@ def test_data_is_what_was_logged():
         **{"value": [8.0, 8.0], "smooth": None},
     }
     assert data["skipped"] == [7]
-    assert data["validation"]["best"] == {"epoch": 10.0, "step": 100, "video AUC": 0.9}  # the first of two
+    assert data["validation"]["best"] == {"epoch": 15.0, "step": 150, "video AUC": 0.9}  # the last of two
     assert [curve["name"] for curve in data["validation"]["curves"]] == ["video AUC", "video accuracy", "video EER"]
 
 
@@ -254,7 +254,7 @@ def test_every_plot_is_drawn(open_html):  # noqa: F811
 def test_table_marks_the_best(open_html):  # noqa: F811
     page = open_html(render_training_report(RUN))
     assert texts(page, "#validation-table thead th") == ["epoch", "step", "video AUC", "video accuracy", "video EER"]
-    assert texts(page, "#validation-table tr.best td") == ["10", "100", "0.900", "0.500", "0.100"]
+    assert texts(page, "#validation-table tr.best td") == ["15", "150", "0.900", "0.500", "0.100"]
     assert texts(page, "#settings h3") == ["run", "loss"]
     assert texts(page, "#settings td") == ["0.0001", "null", "1.0", "all"]
 
