@@ -1,4 +1,4 @@
-"""The command line: sdr score | synth | prepare | train | convert.
+"""The command line: sdr score | synth | prepare | train | evaluate | reproduce | study | convert.
 
 Exit codes: 0 all done; 1 some videos were not scored or prepared, or a check found something; 2 the command could not
 be done: bad usage, or a file or setting that it cannot do without is unusable; 130 interrupted.
@@ -12,6 +12,7 @@ from typing import Literal
 from sdr.errors import SDRError, escape
 from sdr.evaluate_command import add_evaluate_arguments, run_evaluate
 from sdr.prepare_command import run_prepare
+from sdr.reproduce_command import add_reproduce_arguments, run_reproduce
 from sdr.score_command import run_score
 from sdr.terminal import progress_bars, refusals
 from sdr.train_command import add_train_arguments, add_train_data_arguments, run_train
@@ -87,6 +88,15 @@ def build_parser(argv: Sequence[str] = ()):
     evaluate = ArgumentParser(description="Video-level metrics of weights on clip caches, with intervals.")
     add_evaluate_arguments(evaluate)
     commands.add_subcommand("evaluate", evaluate)
+
+    usage = (
+        "sdr reproduce {table1,table2,table3,figure2} --data CACHE ... [--out OUT] [--preset NAME] [--field value ...]"
+    )
+    reproduce = ArgumentParser(
+        usage=usage, description="An experiment of the paper, ours beside the published figures."
+    )
+    add_reproduce_arguments(reproduce, argv)
+    commands.add_subcommand("reproduce", reproduce)
 
     convert = ArgumentParser(description="Convert an FTCN checkpoint to safetensors.")
     convert.add_argument("source", type=str, help="FTCN's published checkpoint (.pth)")
@@ -165,5 +175,6 @@ COMMANDS = {
     "prepare": run_prepare,
     "train": run_train,
     "evaluate": run_evaluate,
+    "reproduce": run_reproduce,
     "convert": run_convert,
 }

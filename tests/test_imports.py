@@ -31,6 +31,7 @@ LAYERS = [
     {"score_command", "prepare_command", "train_command", "evaluate_command"},
     {"reproduce_command"},
     {"cli"},
+    {"__main__"},
 ]
 DATA = {
     "video",

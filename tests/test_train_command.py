@@ -148,7 +148,7 @@ def test_persons_in_train_and_val_are_refused(tmp_path, cache, capsys, monkeypat
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, cache, name, code):
     out = tmp_path / "run"
     words = ["train", "--data", cache, "--out", str(out), *SMALL, "--epochs", "400", "--validate_every", "400"]
-    command = [sys.executable, "-c", "import sys; from sdr.cli import main; sys.exit(main())", *words]
+    command = [sys.executable, "-m", "sdr", *words]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(out / "losses.csv", lines=5)
     child.send_signal(getattr(signal, name))
