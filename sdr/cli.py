@@ -14,6 +14,7 @@ from sdr.evaluate_command import add_evaluate_arguments, run_evaluate
 from sdr.prepare_command import run_prepare
 from sdr.reproduce_command import add_reproduce_arguments, run_reproduce
 from sdr.score_command import run_score
+from sdr.study_command import add_study_arguments, run_study_command
 from sdr.terminal import progress_bars, refusals
 from sdr.train_command import add_train_arguments, add_train_data_arguments, run_train
 
@@ -98,6 +99,10 @@ def build_parser(argv: Sequence[str] = ()):
     add_reproduce_arguments(reproduce, argv)
     commands.add_subcommand("reproduce", reproduce)
 
+    study = ArgumentParser(description="A study on synthetic videos, from nothing to its table.")
+    add_study_arguments(study)
+    commands.add_subcommand("study", study)
+
     convert = ArgumentParser(description="Convert an FTCN checkpoint to safetensors.")
     convert.add_argument("source", type=str, help="FTCN's published checkpoint (.pth)")
     convert.add_argument("target", type=str, help="safetensors file to write")
@@ -176,5 +181,6 @@ COMMANDS = {
     "train": run_train,
     "evaluate": run_evaluate,
     "reproduce": run_reproduce,
+    "study": run_study_command,
     "convert": run_convert,
 }

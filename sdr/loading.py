@@ -18,7 +18,7 @@ from sdr.clip_cache import ClipCache
 from sdr.config import TPAConfig, check, check_choice, check_count
 from sdr.dali import dali_views
 from sdr.errors import SDRError
-from sdr.tpa import ViewMaps, augment, draw_maps
+from sdr.tpa import ViewMaps, augment, draw_maps, send
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ class TrainingLoader:
         return draw_maps(self.tpa, **key, num_frames=T, size=(H, W))
 
     def _batch(self, views: Tensor, part: "Part") -> Batch:
-        labels = self.cache.labels[part.indices].to(self.device, non_blocking=True)
+        labels = send(self.cache.labels[part.indices], self.device)
         return Batch(views, labels, tuple(map(self.cache.name, part.indices)), part.epoch, part.index)
 
     def _read_ahead(self) -> Iterator["Part"]:

@@ -136,6 +136,11 @@ def standardise(clip: Tensor) -> Tensor:
     return (clip - mean) / std
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, without waiting for what a GPU is doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def draw_maps(
     config: TPAConfig,
     *,
@@ -222,6 +227,6 @@ def augment(
     T, H, W = clips.shape[2:]
     key = {"seed": seed, "epoch": epoch, "samples": samples, "num_views": num_views}
     drawn = draw_maps(config, **key, num_frames=T, size=(H, W))
-    maps = (torch.from_numpy(array).to(clips.device) for array in drawn)
+    maps = (send(torch.from_numpy(array), clips.device) for array in drawn)
     statistics = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     return clip_views(clips, *maps, **statistics, fill=config.cutout_fill, dtype=dtype, impl=impl)

@@ -21,15 +21,16 @@ LAYERS = [
     {"model", "graphs", "layouts", "synth", "cache_check", "shortcut"},
     {"packing", "losses", "checkpoint", "loading", "evaluate", "cutting"},
     {"fast", "prepare", "train_config", "checkpoints"},
+    {"study_config"},
     {"engine", "objective", "training_report", "score"},
     {"trainer", "report", "run_results"},
     {"train"},
     {"protocol"},
-    {"reproduce"},
-    {"reproduce_tables"},
+    {"reproduce", "study"},
+    {"reproduce_tables", "study_table"},
     {"__init__"},
     {"score_command", "prepare_command", "train_command", "evaluate_command"},
-    {"reproduce_command"},
+    {"reproduce_command", "study_command"},
     {"cli"},
     {"__main__"},
 ]
@@ -113,7 +114,7 @@ def test_kernels_know_nothing_of_the_model(file):
 
 def test_importing_prints_nothing_and_loads_no_optional_package():
     code = """
-import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr.reproduce, sdr_kernels
+import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr.reproduce, sdr.study, sdr_kernels
 heavy = {"triton", "av", "pyarrow", "nvidia.dali", "lightning_fabric", "huggingface_hub", "tensorboard", "scipy"}
 heavy |= {"onnxruntime", "onnx", "cv2", "sklearn", "skimage", "jinja2", "plotly", "PIL", "rich", "jsonargparse"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
