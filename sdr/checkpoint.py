@@ -77,7 +77,7 @@ def save_weights(
     """
     metadata = {
         "format": FORMAT,
-        "model": type(model).__name__,
+        "model": next(name for name, (kind, _) in MODELS.items() if isinstance(model, kind)),
         "config": json.dumps(asdict(model.config)),
         "preprocessing": json.dumps(preprocessing(model.config)),
         "info": json.dumps(asdict(info)),

@@ -31,22 +31,27 @@ class Checkpoints:
         """The newest first."""
         try:
             found = list(self.folder.iterdir()) if self.folder.exists() else []
-            for left in filter(is_temporary, found):
-                remove(left)
         except OSError as error:
             raise SDRError(self.folder, f"cannot be read: {error.strerror}") from error
         return sorted((path for path in found if re.fullmatch(r"step_\d{9}\.safetensors", path.name)), reverse=True)
 
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:09d}.safetensors"
+
     def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping) -> None:
-        """Write the state after update ``step``, then remove the oldest ones.
+        """Write the state after update ``step``; then remove the oldest, and later ones, which were passed over.
 
         Raises:
             SDRError: it cannot be written; those before it are still there.
         """
         make_folder(self.folder)
-        metadata = {"format": FORMAT, "values": json.dumps(values)}
-        write_tensors(self.folder / f"step_{step:09d}.safetensors", tensors, metadata)
-        for old in self._files()[self.keep :]:
+        for left in filter(is_temporary, self.folder.glob(".*")):
+            remove(left)
+        path = self._path(step)
+        write_tensors(path, tensors, {"format": FORMAT, "values": json.dumps(values)})
+        files = self._files()
+        later = [other for other in files if other.name > path.name]
+        for old in (*later, *files[len(later) + self.keep :]):
             remove(old)
 
     def load(self) -> tuple[dict[str, Tensor], dict] | None:
@@ -58,10 +63,22 @@ class Checkpoints:
         files = self._files()
         for path in files:
             try:
-                tensors, metadata = read_weights(path, FORMAT)
-                return tensors, json.loads(metadata["values"])
-            except (SDRError, KeyError, ValueError) as error:
+                return read_checkpoint(path)
+            except SDRError as error:
                 logger.warning("%s; going back to the checkpoint before it", error)
         if files:
             raise SDRError(self.folder, "no checkpoint there is whole", "remove the folder to start anew")
         return None
+
+    def load_step(self, step: int) -> tuple[dict[str, Tensor], dict]:
+        """The state after update ``step``, which another process has found whole; raises SDRError."""
+        return read_checkpoint(self._path(step))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and values of a checkpoint; raises SDRError where it is damaged."""
+    tensors, metadata = read_weights(path, FORMAT)
+    try:
+        return tensors, json.loads(metadata["values"])
+    except (KeyError, ValueError) as error:
+        raise SDRError(path, f"holds no state of a run: {error}") from error

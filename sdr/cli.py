@@ -130,7 +130,11 @@ def add_device_argument(parser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = build_parser(argv)
+    try:
+        parser = build_parser(argv)
+    except SDRError as error:
+        print(f"sdr: {error}", file=sys.stderr)
+        return 2
     arguments = parser.parse_args(argv)
     command = arguments.subcommand
     run = COMMANDS[command]

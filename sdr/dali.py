@@ -22,7 +22,13 @@ from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD, ViewMaps
 OLDEST = (2, 3)  # earlier releases have published vulnerabilities
 INSTALL = "pip install 'sdr[dali-cu13]', or 'sdr[dali-cu12]' for CUDA 12"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NUM_ARGUMENTS = {"color_jitter": 1, "cutout": 2, "flip": 1, "crop": 3}  # arrays that a method's operators are fed
+NUM_ARGUMENTS = {
+    "color_jitter": 1,
+    "cutout": 2,
+    "flip": 1,
+    "crop": 3,
+    "none": 0,
+}  # arrays that a method's operators are fed
 MEAN, STD = 255 * np.array(IMAGENET_MEAN), 255 * np.array(IMAGENET_STD)
 BLACK = (-MEAN / STD).tolist()
 
@@ -245,6 +251,8 @@ def method_arguments(method: str, view: ViewMaps, size: tuple[int, int]) -> list
         ValueError: a crop leaves the frame.
     """
     sampling, color, hole = view
+    if method == "none":
+        return []
     if method == "flip":
         return [(sampling[:, 0] < 0).astype(np.int32)]
     if method == "cutout":

@@ -49,6 +49,8 @@ def make_fabric(config: TrainConfig, device: torch.device):
         scaler = torch.amp.GradScaler(device.type)
         choices = {"plugins": [MixedPrecision("16-mixed", device.type, scaler)]}
     if world_size == 1:
+        if device.type == "cuda" and device.index is None:  # Fabric asks for the number
+            device = torch.device("cuda", torch.cuda.current_device())
         fabric = Fabric(accelerator=device.type, strategy=SingleDeviceStrategy(device), devices=1, **choices)
         fabric.launch()
         return fabric

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from sdr.config import check, check_choice, check_count
 from sdr.datasets import SPLITS
 from sdr.errors import SDRError, escape
-from sdr.files import make_folder, to_csv, write_atomic
+from sdr.files import file_digest, make_folder, to_csv, write_atomic
 from sdr.terminal import SYNTHETIC_NOTE, pick_device, progress_bars, require, settings
 
 if TYPE_CHECKING:  # importing them for real waits until the command runs
@@ -79,7 +78,7 @@ def run_evaluate(options) -> int:
     require("prepare", "train")
     device = pick_device(options.device)
     model, info = load_model(options.weights)
-    sha256 = file_sha256(options.weights)
+    sha256 = file_digest(options.weights)
     threshold, source = pick_threshold(config, info, options.weights)
     caches = open_caches(options.caches, config, model.config)
     out = Path(options.out)
@@ -103,15 +102,6 @@ def run_evaluate(options) -> int:
     print_groups(document)
     print(f"results: {escape((out / 'evaluation.md').resolve())}")
     return 0
-
-
-def file_sha256(path: str | Path) -> str:
-    """Of a whole file, as sha256sum prints it."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SDRError(path, f"cannot be read: {error.strerror}") from error
 
 
 def pick_threshold(config: EvaluateConfig, info: WeightsInfo, weights: str) -> tuple[float | None, str | None]:

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -56,6 +57,15 @@ def write_atomic(path: str | os.PathLike, data: bytes | str) -> None:
         file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
+def file_digest(path: str | os.PathLike) -> str:
+    """sha256 of a file, as sha256sum prints it; raises SDRError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SDRError(path, f"cannot be read: {error.strerror}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -69,7 +79,7 @@ def remove(path: Path) -> None:
     """Remove a file that may be there; raises SDRError where that is impossible."""
     try:
         if os.path.lexists(path):  # a disk that cannot be written refuses even what is not there
-            os.unlink(path)
+            path.unlink(missing_ok=True)  # another process may be at it
     except OSError as error:
         raise SDRError(path, f"cannot be removed: {error.strerror}") from error
 

@@ -14,7 +14,7 @@ from sdr.errors import SDRError
 from sdr.ftcn import FTCN, Backbone
 from sdr.losses import Losses, SDRLoss
 from sdr.model import SDRModel
-from sdr.sync_norm import pick_norm
+from sdr.sync_norm import SyncBatchNorm3d
 from sdr.train_config import TrainConfig
 
 Model = FTCN | SDRModel
@@ -48,10 +48,10 @@ class Objective(nn.Module):
             return torch.stack(self.loss(output, labels, self.group))
 
 
-def build_objective(config: TrainConfig, device: torch.device) -> Objective:
+def build_objective(config: TrainConfig) -> Objective:
     """Model and loss before the first update, drawn from torch's generator, on the CPU."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    norm = pick_norm(device) if config.sync_batchnorm and several else nn.BatchNorm3d
+    norm = SyncBatchNorm3d if config.sync_batchnorm and several else nn.BatchNorm3d
     model = start_model(config, norm)
     for backbone in filter(lambda module: isinstance(module, Backbone), model.modules()):
         backbone.recompute = config.recompute
@@ -74,10 +74,11 @@ def start_model(config: TrainConfig, norm: Callable[[int], nn.Module] = nn.Batch
     if config.init is None:
         return model
     source, _ = load_model(config.init)
+    drawn: tuple[str, ...] = ()  # what an FTCN does not have stays as it was drawn
     if isinstance(source, FTCN) and config.architecture == "sdr":
-        source = sdr_from_ftcn(source, config.model.num_branches)
+        source, drawn = sdr_from_ftcn(source, config.model.num_branches), ("trfi.joint_head.", "trfi.loo_heads.")
     require_same_shape(config.init, source, model)
-    model.load_state_dict(source.state_dict())
+    model.load_state_dict({n: v for n, v in source.state_dict().items() if not n.startswith(drawn)}, strict=not drawn)
     return model
 
 
@@ -86,7 +87,7 @@ def require_same_shape(path: str, source: Model, model: Model) -> None:
     kinds = [FTCN if isinstance(m, FTCN) else SDRModel for m in (source, model)]
     if kinds[0] is not kinds[1]:
         raise SDRError(path, f"holds an {kinds[0].__name__}, the run trains an {kinds[1].__name__}")
-    given, wanted = asdict(source.config), asdict(model.config)
+    given, wanted = asdict(source.config), asdict(model.config) | {"dropout": source.config.dropout}
     if others := [
         f"{name} is {given[name]}, the run asks for {wanted[name]}" for name in wanted if given[name] != wanted[name]
     ]:

@@ -13,6 +13,7 @@ from sdr.clip_cache import ClipCache, leaks, read_manifest, read_settings
 from sdr.config import TPA_METHODS, TPAConfig, check, check_choice
 from sdr.errors import SDRError, escape
 from sdr.evaluate import require_classes, require_shape
+from sdr.files import file_digest
 from sdr.published import MANIPULATIONS
 from sdr.train import FREE
 from sdr.train_config import TrainConfig, flatten, to_json
@@ -176,12 +177,3 @@ def describe(row: Row) -> str:
         words += ["per_frame"] * bool(c.tpa.per_frame) + ["no_contrastive"] * (c.loss.contrastive == 0)
     words += ["without", re.sub(r"[^A-Za-z0-9]+", "_", row.label)[:40]] if row.learns else []
     return "_".join(words)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file; raises SDRError."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise SDRError(path, f"cannot be read: {error.strerror}") from error

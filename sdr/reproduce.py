@@ -20,8 +20,8 @@ from sdr.engine import processes
 from sdr.errors import SDRError, escape
 from sdr.evaluate import Group, dataset_name, evaluate_groups, score_videos
 from sdr.fast import accelerate
-from sdr.files import claim_folder, make_folder, write_atomic
-from sdr.protocol import DATASETS, DIGEST, Run, file_digest, ordered_methods, plan
+from sdr.files import claim_folder, file_digest, make_folder, write_atomic
+from sdr.protocol import DATASETS, DIGEST, Run, ordered_methods, plan
 from sdr.published import AVERAGE, MANIPULATIONS, PUBLISHED, Published
 from sdr.terminal import pick_device
 from sdr.train import train as train_model
@@ -138,7 +138,8 @@ def reproduce(
             stop=stop,
         )
         for test in run.tests:
-            if not trained.finished or stop():
+            # several processes would not all see the signal before the same test
+            if not trained.finished or (processes().world_size == 1 and stop()):
                 return None
             report = reporter(progress, stage._replace(doing=f"testing on {DATASETS[dataset_name(test)]}"))
             kept = Path(out) / "evaluations" / run.name

@@ -38,9 +38,9 @@ class StudyConfig:
     train: TrainConfig
     seeds: int = 5
     identities: int = 64
-    video_frames: int = 32
+    video_frames: int = 40
     video_size: int = 160
-    stride: int = 8
+    stride: int = 12
     data_seed: int = 0
     cue: Cue = field(default_factory=Cue)
 
@@ -53,8 +53,8 @@ class StudyConfig:
 
 def smallest() -> StudyConfig:
     """The smallest scale at which FTCN and SDR learn the types that they see: minutes on two cores."""
-    model = replace(tiny(), num_frames=8, image_size=32, embed_dim=32, head_dim=8, mlp_dim=64)
-    train = TrainConfig(model=model, epochs=10, lr=3e-3, checkpoint_every=40, loader=LoaderConfig(readers=1))
+    model = replace(tiny(), num_frames=16, image_size=32, embed_dim=32, head_dim=8, mlp_dim=64)
+    train = TrainConfig(model=model, epochs=8, lr=3e-3, checkpoint_every=40, loader=LoaderConfig(readers=1))
     return StudyConfig(validated_once(train))
 
 

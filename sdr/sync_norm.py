@@ -1,4 +1,7 @@
-"""Batch norm over the clips of all processes, on any device: PyTorch's own SyncBatchNorm refuses CPU tensors."""
+"""Batch norm over the clips of all processes, on any device.
+
+PyTorch's own SyncBatchNorm refuses CPU tensors, and on a GPU it waits for the device in every layer.
+"""
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ class _SyncNorm(torch.autograd.Function):
         mean, within = parts[:, 0].mean(0), parts[:, 1].mean(0)
         var = within + (parts[:, 0] - mean).square().mean(0)
         ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
@@ -48,8 +52,3 @@ class SyncBatchNorm3d(nn.BatchNorm3d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return out
-
-
-def pick_norm(device: torch.device) -> type[nn.Module]:
-    """Batch norm over all processes: PyTorch's where it has a kernel."""
-    return nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm3d

@@ -1,5 +1,6 @@
 """What the commands share: their options made into configurations, refusals, missing packages, devices, progress."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -48,7 +49,9 @@ def pick_device(name: str):
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # of torchrun
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

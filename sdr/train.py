@@ -2,10 +2,11 @@
 
 import json
 import logging
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdr.checkpoint import WeightsInfo, save_weights
+from sdr.checkpoint import WeightsInfo, check_file, save_weights
 from sdr.checkpoints import Checkpoints
 from sdr.clip_cache import ClipCache
 from sdr.datasets import read_json
@@ -32,12 +33,12 @@ from sdr.evaluate import (
     video_metrics,
     video_scores,
 )
-from sdr.files import claim_folder, make_folder, sole_writer, write_atomic
+from sdr.files import claim_folder, file_digest, make_folder, sole_writer, write_atomic
 from sdr.loading import Batch, TrainingLoader
 from sdr.run_log import RunLog
 from sdr.run_results import write_results
 from sdr.train_config import TrainConfig, flatten, learning_rate, to_json
-from sdr.trainer import FIGURES, Trainer
+from sdr.trainer import FIGURES, Trainer, part_of, refusals
 
 logger = logging.getLogger(__name__)
 
@@ -93,40 +94,66 @@ def train(
         require_shape(cache, config.shape)
         require_classes(cache.folder, cache.labels, use="training" if cache is data else "validation")
     out = Path(out)
-    with deterministic(config.deterministic):
+    with deterministic(config.deterministic), ExitStack() as held:
         fabric = make_fabric(config, torch.device(device))
-        main = fabric.global_rank == 0
-        with claimed(out, config, data, validation) if main else nullcontext():
-            fabric.barrier()
-            if (out / RESULT).exists():
-                return TrainResult(out / WEIGHTS, read_json(out / RESULT)["metrics"], finished=True)
-            with Run(config, data, validation, out, fabric, origin=origin) as run:
-                finished = run(progress, stop)
+        done: dict | SDRError | None = None
+        if fabric.global_rank == 0:
+            try:
+                done = held.enter_context(claimed(out, config, data, validation, fabric.device))
+            except SDRError as error:  # every process must hear of it, or they wait for this one
+                done = error
+        done = fabric.broadcast(done)
+        if isinstance(done, SDRError):
+            raise done
+        if done is not None:
+            return TrainResult(out / WEIGHTS, done.get("metrics", {}), finished=True)
+        with refusals(config, fabric.device), Run(config, data, validation, out, fabric, origin=origin) as run:
+            finished = run(progress, stop)
     return TrainResult(out / WEIGHTS, run.best_metrics, finished)
 
 
 @contextmanager
-def claimed(out: Path, config: TrainConfig, data: ClipCache, validation: ClipCache | None) -> Iterator[None]:
-    """Hold ``out`` as this run's folder; raises SDRError that names each setting that was another one."""
+def claimed(
+    out: Path, config: TrainConfig, data: ClipCache, validation: ClipCache | None, device: torch.device
+) -> Iterator[dict | None]:
+    """Hold ``out`` as this run's folder; gives what a finished run has left there.
+
+    Raises:
+        SDRError: the folder is another's, another process trains there, or a setting was another one, which is named.
+    """
+    if config.init:
+        check_file(config.init, "weights file")
     settings = {name: value for name, value in flatten(to_json(config)).items() if name not in FREE}
     settings |= {"data": data.digest, "validation": validation.digest if validation else None}
-    settings |= {"processes": processes().world_size}
+    settings |= {"init_sha256": file_digest(config.init) if config.init else None}
     make_folder(out)
+    settings |= {"device": device.type, "processes": processes().world_size}
     with sole_writer(out, "sdr train"):
+        done = read_json(out / RESULT) if (out / RESULT).exists() else None
+        if done is not None:  # whatever it was trained on
+            kept = read_json(out / STAMP)
+            settings |= {name: kept.get(name) for name in ("device", "processes")}
         claim_folder(out, STAMP, settings, command="sdr train", report=CONFIG)
-        write_atomic(out / CONFIG, json.dumps(to_json(config), indent=2) + "\n")
-        yield
+        if done is None:
+            write_atomic(out / CONFIG, json.dumps(to_json(config), indent=2) + "\n")
+        yield done
 
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
     """torch's deterministic algorithms for a while, where they are wanted."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    before = torch.get_deterministic_debug_mode()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
+        torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
+
+
+class StoppedError(Exception):
+    """Raised out of a validation when the run is to end."""
 
 
 class Run:
@@ -155,12 +182,15 @@ class Run:
         self.step, self.validated, self.bad, self.skipped = 0, 0, 0, 0
         self.best_metrics: dict[str, float] = {}
         self.best_scores = torch.empty(0, dtype=torch.float64)  # of the validation videos, by the best weights
+        self.best: dict[str, Tensor] = {}  # these weights, on the CPU of rank 0
         self.pending: list[tuple[Tensor, list[str]]] = []  # figures of updates that were not looked at yet, and clips
         self.figures: dict[str, float] = {}
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep_last)
         self._resume()
         self.log = RunLog(out, step=self.step, validated=self.validated) if self.main else None
         self.since = time.perf_counter()
+        if fabric.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(fabric.device)
 
     def __enter__(self) -> "Run":
         return self
@@ -173,19 +203,18 @@ class Run:
         """Train to the end, or until ``stop``; returns whether that is the end."""
         with closing(iter(self.loader)) as batches:
             while True:
-                if self._validation_is_due():
-                    self._validate()
-                    self._save()
+                if self._validation_is_due() and not self._validate(stop):
+                    return False  # what was before the validation is saved
                 if self.step == self.steps:
                     break
                 self._update(list(islice(batches, self.config.accumulate)))
                 if self.main:
                     progress(self.step, self.steps, self.figures)
-                if self._stopping(stop):
+                stopping = self._stopping(stop)
+                if stopping or self.step % self.config.checkpoint_every == 0 or self._validation_is_due():
                     self._save()
+                if stopping:
                     return False
-                if self.step % self.config.checkpoint_every == 0:
-                    self._save()
         self._finish()
         return True
 
@@ -243,10 +272,13 @@ class Run:
             return
         self.skipped += 1
         named = ", ".join(clips)
+        scale = f", at a loss scale that is now {self.trainer.scaler.get_scale():g}" if self.trainer.scaler else ""
         if self.main:
-            logger.warning("update %d skipped, its loss or gradient is not finite; clips %s", row["step"], named)
+            logger.warning(
+                "update %d skipped, its loss or gradient is not finite%s; clips %s", row["step"], scale, named
+            )
         if self.bad >= self.config.max_bad_steps:
-            what = f"{self.bad} updates in a row had no finite loss or gradient, the last one was {row['step']}"
+            what = f"{self.bad} updates in a row had no finite loss or gradient, the last one was {row['step']}{scale}"
             raise SDRError("training", what, f"its clips: {named}")
 
     def _validation_is_due(self) -> bool:
@@ -256,33 +288,60 @@ class Run:
         return self.step == self.steps or int(now) > int(before)
 
     @torch.no_grad()
-    def _validate(self) -> None:
-        """Score the validation split by the weights or their moving average, and keep them where they are the best."""
-        self._look()
+    def _validate(self, stop: Callable[[], bool]) -> bool:
+        """Score the validation split by the weights or their moving average, and keep them where they are the best.
+
+        Returns:
+            False where ``stop`` ended it before anything was kept or logged.
+        """
         self.trainer.share_buffers()
-        self.trainer.module.eval()
         with self.trainer.averaged():
-            scores = video_scores(self._clip_scores(self.validation), self.validation)
+            scores = self._clip_scores(self.validation, stop)
+            if scores is None:
+                return False
+            scores = video_scores(scores, self.validation)
             labels = [record.label for record in self.validation.records]
             metrics = video_metrics(scores, labels) | {"threshold": best_threshold(scores, labels)}
             # of equal ones the later weights, which have learned for longer
-            better = metrics["video AUC"] >= self.best_metrics.get("video AUC", 0.0)
-            state = self.trainer.weights() if better else {}
-        if better:
-            self.best_metrics, self.best_scores = metrics, torch.from_numpy(np.asarray(scores))
-            self._write_weights(BEST, state)
+            if metrics["video AUC"] >= self.best_metrics.get("video AUC", 0.0):
+                self.best_metrics, self.best_scores = metrics, torch.from_numpy(np.asarray(scores))
+                self.best = self.trainer.weights()
         if self.log:
             self.log.validation({"step": self.step, "epoch": self._epoch(self.step), **metrics})
+        self._write_weights(BEST, self.best)
         self.validated = self.step
         self.since = time.perf_counter()  # its time is not training's
+        return True
 
-    def _clip_scores(self, cache: ClipCache) -> Tensor:
-        """Of every clip, [N] float64 on the CPU; each process scores a share, of one size since FSDP's run together."""
+    def _clip_scores(self, cache: ClipCache, stop: Callable[[], bool]) -> Tensor | None:
+        """Of every clip, [N] float64 on the CPU; each process scores a share, of one size since FSDP's run together.
+
+        None where ``stop`` ended it.
+        """
         rank, ranks = self.fabric.global_rank, self.fabric.world_size
         share = [i % len(cache) for i in range(rank, -(-len(cache) // ranks) * ranks, ranks)]
         batch_size = max(1, self.config.batch_size // (self.config.accumulate * ranks))
-        scores = clip_scores(self.trainer.module, cache, share, batch_size=batch_size, device=self.fabric.device)
+
+        def look(done: int, total: int) -> None:
+            if self._stopping(stop):
+                raise StoppedError
+
+        try:
+            scores = clip_scores(
+                self._forward, cache, share, batch_size=batch_size, device=self.fabric.device, progress=look
+            )
+        except StoppedError:
+            return None
         return torch.stack(self.trainer.gather(scores), 1).flatten()[: len(cache)]
+
+    def _forward(self, clips: Tensor) -> Tensor:
+        # not through DDP, whose forward sends buffers around: a process that runs out of memory repeats it in halves
+        self.trainer.objective.eval()
+        with self.fabric.autocast():
+            if not (self.config.strategy == "fsdp" and self.fabric.world_size > 1):
+                return self.trainer.objective(clips)
+            with refusals(self.config, self.fabric.device):  # FSDP's processes cannot repeat it alone
+                return self.trainer.objective(clips)
 
     def _write_weights(self, name: str, state: Mapping[str, Tensor]) -> None:
         if self.main:
@@ -307,19 +366,23 @@ class Run:
         values |= {"best_metrics": self.best_metrics, "loader": self.loader.state_dict(), "versions": versions()}
         if self.log:
             self.log.sync()
-            self.checkpoints.save(self.step, {**tensors, "best_scores": self.best_scores}, values)
+            tensors |= {f"best.{name}": value for name, value in self.best.items()} | {"best_scores": self.best_scores}
+            self.checkpoints.save(self.step, tensors, values)
         self.fabric.barrier()
+        self.since = time.perf_counter()
 
     def _resume(self) -> None:
-        found = self.checkpoints.load()
-        if found is None:
+        found = self.checkpoints.load() if self.main else None
+        step = self.fabric.broadcast(found[1]["step"] if found else None)  # the disk may look another way elsewhere
+        if step is None:
             return
-        tensors, values = found
+        tensors, values = found or self.checkpoints.load_step(step)
         self.loader.load_state_dict(values["loader"])
         self.trainer.load_state(tensors, values)
         self.step, self.validated = values["step"], values["validated"]
         self.bad, self.skipped = values["bad"], values["skipped"]
         self.best_metrics, self.best_scores = values["best_metrics"], tensors["best_scores"]
+        self.best = part_of(tensors, "best")
         if self.main:
             logger.info("going on after update %d of %d", self.step, self.steps)
             if values["versions"] != versions():
@@ -333,14 +396,12 @@ class Run:
         self._look()
         self.trainer.share_buffers()
         with self.trainer.averaged():
-            self._write_weights(LAST, self.trainer.weights())
+            last = self.trainer.weights()
+        self._write_weights(LAST, last)
+        if self.best:
+            self._write_weights(BEST, self.best)  # after a resumption the file may be of updates that were done anew
+        self._write_weights(WEIGHTS, self.best or last)
         if self.main:
-            chosen = BEST if self.best_metrics else LAST
-            try:
-                content = (self.out / chosen).read_bytes()
-            except OSError as error:
-                raise SDRError(self.out / chosen, f"cannot be read: {error.strerror}") from error
-            write_atomic(self.out / WEIGHTS, content)
             self.log.sync()
             self._write_results()
             write_atomic(self.out / RESULT, json.dumps({"steps": self.steps, "metrics": self.best_metrics}, indent=1))

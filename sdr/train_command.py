@@ -1,5 +1,6 @@
 """`sdr train`: a clip cache in; weights, logs, a report and a model card out."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,16 +13,20 @@ from sdr.terminal import SYNTHETIC_NOTE, pick_device, progress_bars, require, se
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 DEFAULT_PRESET = "tiny"
+SECTIONS = ("model", "loader", "loss", "tpa")  # of a configuration file
 
 
-def find_preset(argv: Sequence[str]) -> str:
+def find_preset(argv: Sequence[str]) -> object:
     """The preset that a command line, or the last configuration file on it that has one, names.
 
     What is wrong with either is left to the parser, which reads them again.
+
+    Raises:
+        SDRError: a file asks for a class, which the parser would import.
     """
     import yaml
 
-    preset = DEFAULT_PRESET
+    preset: object = DEFAULT_PRESET
     for number, word in enumerate(argv):
         name, given, value = word.partition("=")
         value = value if given else next(iter(argv[number + 1 :]), "")
@@ -29,11 +34,23 @@ def find_preset(argv: Sequence[str]) -> str:
             preset = value
         elif name == "--config":
             try:
-                found = yaml.safe_load(Path(value).read_text())
-                preset = found.get("preset", preset) if isinstance(found, dict) else preset
+                found = yaml.safe_load(Path(value).read_text() if os.path.isfile(value) else value)
             except (OSError, ValueError, yaml.YAMLError):
                 continue
+            if isinstance(found, dict):
+                refuse_classes(value, found)
+                preset = found.get("preset", preset)
     return preset
+
+
+def refuse_classes(path: str, found: Mapping) -> None:
+    """Raise SDRError where a configuration names something to import, or another file, instead of settings."""
+    for name in SECTIONS:
+        section = found.get(name)
+        if section is not None and not isinstance(section, Mapping):
+            raise SDRError(path, f"must hold settings under {name}, got {escape(str(section)[:80])}")
+        if named := {"class_path", "init_args"} & set(section or ()):
+            raise SDRError(path, f"has {min(named)} under {name}: no code is taken from a file")
 
 
 def add_train_arguments(parser, argv: Sequence[str] = ()) -> None:
@@ -54,7 +71,7 @@ def add_train_arguments(parser, argv: Sequence[str] = ()) -> None:
     )
     parser.add_class_arguments(TrainConfig)
     preset = find_preset(argv)
-    if preset in TRAIN_PRESETS:
+    if isinstance(preset, str) and preset in TRAIN_PRESETS:
         parser.set_defaults({"preset": preset, **to_json(TRAIN_PRESETS[preset]())})
 
 
@@ -100,6 +117,7 @@ def run_train(options) -> int:
             progress=progress,
             stop=stop,
         )
+    leave_processes()
     if not result.finished:
         if main:
             again = f"the same command goes on from there: {escape(Path(options.out).resolve())}"
@@ -113,6 +131,14 @@ def run_train(options) -> int:
         print(f"weights: {escape(result.weights.resolve())}")
         print(f"report: {escape(result.weights.with_name('report.html').resolve())}")
     return 0
+
+
+def leave_processes() -> None:
+    """End what torchrun's processes have opened to one another, which PyTorch asks for."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def refuse_leaks(folder: str | Path) -> None:

@@ -42,14 +42,15 @@ class TrainConfig:
         weight_decay: of Adam.
         clip_norm: longest gradient; a longer one is scaled down to it. None never does.
         ema: decay of the moving average of the weights, which is then validated and written; 0 keeps none.
-        precision: ``bf16`` and ``fp16`` run convolutions and products in it (fp16 with loss scaling); weights, BN
-            statistics and losses stay float32.
+        precision: ``bf16`` and ``fp16`` run convolutions and products in it (fp16 with loss scaling), in validation
+            too; weights, BN statistics and losses stay float32. `sdr evaluate` computes in float32.
         strategy: of several processes: ``ddp`` keeps the model in each, ``fsdp`` a share of it.
         sync_batchnorm: batch statistics over all processes instead of each one's own.
         recompute: keep only the input of each block and compute the rest again in the backward pass: less memory,
             about a third more time, the same numbers.
         compile: run the model through torch.compile.
-        deterministic: refuse operations that give other numbers when they are repeated.
+        deterministic: refuse operations that give other numbers when they are repeated. Before torch 2.12 a GPU has
+            no other for the max-pools' gradient.
         seed: of initialisation, order, augmentation and dropout.
         max_bad_steps: consecutive updates with a non-finite loss or gradient after which training stops.
         validate_every: epochs from one validation to the next; the last update is always followed by one.
@@ -110,6 +111,8 @@ class TrainConfig:
         check(0 <= self.warmup <= self.epochs, "warmup_epochs", "lie in 0..epochs", self.warmup_epochs)
         plain = "reference" if self.architecture == "ftcn" or self.strategy == "fsdp" else self.implementation
         check(plain == self.implementation, "implementation", "be reference for ftcn and fsdp", self.implementation)
+        eager = not self.compile or not (self.recompute or self.implementation == "fast")
+        check(eager, "compile", "be false with recompute and with the implementation fast", self.compile)
         sound = self.strategy == "ddp" or self.precision != "fp16"
         check(sound, "precision", "be bf16 or fp32 for fsdp, whose ranks would scale apart", self.precision)
 

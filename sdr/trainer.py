@@ -1,5 +1,6 @@
 """One update of a model, and everything that the next one depends on."""
 
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,18 +30,19 @@ class Trainer:
     def __init__(self, config: TrainConfig, fabric) -> None:
         self.config, self.fabric = config, fabric
         torch.manual_seed(config.seed)
-        self.module = fabric.setup_module(build_objective(config, fabric.device))
+        self.module = fabric.setup_module(build_objective(config))
         self.objective = self.module.module
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         # fused, since that one leaves the weights alone where found_inf says so, without the host
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.averages = [value.detach().clone() for value in self._averaged()] if config.ema else []
-        several = fabric.world_size > 1
-        self.hosts = dist.new_group(backend="gloo") if several and fabric.device.type == "cuda" else None
+        self.hosts = host_group() if fabric.world_size > 1 and fabric.device.type == "cuda" else None
         # dropout differs between processes
+        rank = fabric.global_rank
+        drawn = int(np.random.SeedSequence([config.seed, rank]).generate_state(1)[0]) if rank else config.seed
         for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed((config.seed + fabric.global_rank) % 2**32)
+            seed(drawn)
 
     def step(self, batches: Sequence[Batch], *, epoch: float) -> Tensor:
         """One update; a non-finite loss or gradient leaves every weight and statistic as it was.
@@ -55,22 +57,7 @@ class Trainer:
             [7] float32 on the device, named by FIGURES: losses, means over parts and processes; length of the
             gradient, before it is clipped; 1 where the update was skipped.
 
-        Raises:
-            SDRError: the device has too little memory; says which settings change that.
         """
-        try:
-            return self._step(batches, learning_rate(self.config, epoch))
-        except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                raise
-            c = self.config
-            hint = f"raise accumulate (now {c.accumulate}) or lower batch_size (now {c.batch_size})"
-            hint += "" if c.recompute else ", or set recompute true"
-            hint += ", or precision bf16" if c.precision == "fp32" else ""
-            what = f"an update of {len(batches[0].names)} clips does not fit into that of {self.fabric.device}"
-            raise SDRError("memory", what, hint) from None
-
-    def _step(self, batches: Sequence[Batch], lr: float) -> Tensor:
         self.module.train()
         buffers = list(self.module.buffers())
         kept = [buffer.clone() for buffer in buffers]
@@ -80,13 +67,15 @@ class Trainer:
                 parts = self.module(batch.views, batch.labels)
                 self.fabric.backward(parts[0] / len(batches))
             losses += parts.detach() / len(batches)
-        losses = self.fabric.all_reduce(losses, reduce_op="mean")
+        if self.fabric.world_size > 1:
+            dist.all_reduce(losses)  # not Fabric's, which has a barrier that waits for the GPU
+            losses /= self.fabric.world_size
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         norm = self._gradient_norm()
         skipped = ~(losses[0].isfinite() & norm.isfinite())
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(self.config, epoch)
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -95,7 +84,7 @@ class Trainer:
         with torch.no_grad():
             for buffer, before in zip(buffers, kept, strict=True):
                 buffer.copy_(torch.where(skipped, before, buffer))
-            self._average()
+            self._average(skipped)
         return torch.cat([losses, norm[None], skipped[None].float()])
 
     def _gradient_norm(self) -> Tensor:
@@ -111,12 +100,14 @@ class Trainer:
         """What the moving average is of: parameters and running statistics."""
         return [*self.parameters, *(b for b in self.module.buffers() if b.is_floating_point())]
 
-    def _average(self) -> None:
+    def _average(self, skipped: Tensor) -> None:
         if self.averages:
-            count = len(self.parameters)
-            live = [value.detach() for value in self._averaged()]
-            for part in (slice(count), slice(count, None)):  # FSDP's parameters are of another kind than buffers
-                torch._foreach_lerp_(self.averages[part], live[part], 1 - self.config.ema)
+            averages, live = (
+                [local(value.detach()) for value in values] for values in (self.averages, self._averaged())
+            )
+            change = torch._foreach_sub(live, averages)
+            torch._foreach_mul_(change, (1 - self.config.ema) * (~skipped).float())
+            torch._foreach_add_(averages, change)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -131,11 +122,14 @@ class Trainer:
             finally:
                 for value, before in zip(live, kept, strict=True):
                     value.copy_(before)
+                for part in self.module.modules():
+                    if hasattr(part, "reshard"):  # FSDP's, which would keep the average that it has gathered
+                        part.reshard()
 
     def share_buffers(self) -> None:
         """Rank 0's running statistics for every process: the ones that are validated and written."""
         if self.fabric.world_size > 1:
-            for buffer in self.module.buffers():
+            for buffer in (*self.module.buffers(), *self.averages[len(self.parameters) :]):
                 dist.broadcast(buffer, 0)
 
     def weights(self) -> dict[str, Tensor]:
@@ -153,6 +147,7 @@ class Trainer:
         """Tensors by name, and values of JSON, to go on from; on rank 0. Every process must call it."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+        self.share_buffers()
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         tensors = {f"now.{name}": value for name, value in self._model_state().items()}
         moments = get_optimizer_state_dict(self.objective, self.optimizer, options=whole).get("state", {})
@@ -198,6 +193,34 @@ class Trainer:
         if self.scaler:
             self.scaler.load_state_dict(values["scaler"])
         set_generator_states(part_of(tensors, f"generator.{self.fabric.global_rank}"), self.fabric.device)
+
+
+@functools.cache
+def host_group() -> "dist.ProcessGroup":
+    """All processes over gloo: what they say to one another does not wait for their GPUs."""
+    return dist.new_group(backend="gloo")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor of FSDP's; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@contextmanager
+def refusals(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """What PyTorch refuses for want of memory or of a deterministic operation, as SDRError that names the settings."""
+    try:
+        yield
+    except RuntimeError as error:  # on the CPU, running out of memory has no type of its own
+        if "deterministic" in str(error) and config.deterministic:
+            raise SDRError("deterministic", str(error).splitlines()[0], "deterministic false allows it") from error
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        hint = f"raise accumulate (now {config.accumulate}) or lower batch_size (now {config.batch_size})"
+        hint += "" if config.recompute or config.compile else ", or set recompute true"
+        hint += ", or precision bf16" if config.precision == "fp32" else ""
+        what = f"an update of {config.batch_size} clips does not fit into that of {device}"
+        raise SDRError("memory", what, hint) from None
 
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -45,8 +45,9 @@ class TRFI(nn.Module):
         else:
             joint = branch_tokens.transpose(1, 2).flatten(2)  # [B, N, V * C]
         features = branch_tokens.mean(2)  # [B, V, C]
-        rest = [[u for u in range(V) if u != v] for v in range(V)]
-        loo = [head(features[:, rest[v]].flatten(1)) for v, head in enumerate(self.loo_heads)]
+        # slices: an index made of a list is a copy that waits for the GPU
+        rest = [torch.cat([features[:, :v], features[:, v + 1 :]], 1).flatten(1) for v in range(V)]
+        loo = [head(rest[v]) for v, head in enumerate(self.loo_heads)]
         return TRFIOutput(
             tokens=self.proj(joint),
             features=features,

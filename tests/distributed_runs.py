@@ -1,7 +1,8 @@
 """One process of several that train; started by torchrun from ``test_train_distributed``.
 
-Arguments: cache, folder of the runs, JSON of the jobs: name of the run's folder, settings, and after how many updates
-rank 1 asks to stop, or 0. They are done one after the other, since starting processes takes longer than training.
+Arguments: cache, folder of the runs, JSON of the jobs: name of the run's folder, settings, how often rank 1 is asked
+before it wishes to stop, or 0, and the update in which rank 1's clips are not finite, or 0. They are done one after the
+other, since starting processes takes longer than training. No update may meet a barrier, which would wait for a GPU.
 """
 
 import json
@@ -15,12 +16,27 @@ from sdr.clip_cache import ClipCache
 from sdr.engine import processes
 from sdr.errors import SDRError
 from sdr.train import train
+from sdr.trainer import Trainer
 
 
 def main(cache: str, folder: str, jobs: str) -> None:
     torch.set_num_threads(1)
     data, validation = ClipCache(cache, split="train"), ClipCache(cache, split="val")
-    for name, fields, stop_after in json.loads(jobs):
+    step, barrier = Trainer.step, torch.distributed.barrier
+
+    def guarded(self, batches, *, epoch):
+        count = next(updates)
+        if count == guarded.bad_update and processes().rank == 1:
+            batches = [batch._replace(views=batch.views * float("nan")) for batch in batches]
+        torch.distributed.barrier = None
+        try:
+            return step(self, batches, epoch=epoch)
+        finally:
+            torch.distributed.barrier = barrier
+
+    Trainer.step = guarded
+    for name, fields, stop_after, bad_update in json.loads(jobs):
+        updates, guarded.bad_update = iter(range(1, 10**6)), bad_update
         asked = iter(range(1, 10**6))
         stop = lambda asked=asked, last=stop_after: processes().rank == 1 and next(asked) == last  # noqa: E731
         settings = config(model=model(dropout=0.0), ema=0.5, **fields)
@@ -30,8 +46,7 @@ def main(cache: str, folder: str, jobs: str) -> None:
             )
         except SDRError as error:
             said = f"refused: {error}"
-        if processes().rank == 0:
-            print(f"{name} {said}", flush=True)
+        print(f"{processes().rank} {name} {said}", flush=True)
         torch.distributed.barrier()
 
 

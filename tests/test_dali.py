@@ -13,7 +13,7 @@ from sdr import TPAConfig
 from sdr.config import TPA_METHODS
 from sdr.dali import dali_views, import_dali, method_arguments
 from sdr.errors import SDRError
-from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD, ViewMaps, draw_maps
+from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD, ViewMaps, draw_maps, normalise
 from sdr_kernels.clip_views import clip_views_reference
 
 B, T, SIZE = 3, 8, (80, 112)
@@ -100,6 +100,15 @@ def test_one_method_drawn_per_frame_leaves_the_others_constant():
     assert (views[:, 3, :, 1:] != views[:, 3, :, :-1]).any()
     (three,) = views_of([(clips, draw(config, num_views=3))], config, num_views=3)
     assert torch.equal(three, views[:, :3])
+
+
+@pytest.mark.parametrize("per_frame", [[], ["crop"]], ids=str)
+def test_no_augmentation_is_normalisation(per_frame):
+    clips, config = natural_clips(), TPAConfig(methods=("none", "crop"), per_frame=per_frame)
+    (views,) = views_of([(clips, draw(config, num_views=3))], config, num_views=3)
+    expected = normalise(torch.from_numpy(clips).permute(0, 4, 1, 2, 3))
+    torch.testing.assert_close(views[:, 0], expected, rtol=0, atol=1e-5)
+    assert torch.equal(views[:, 2], views[:, 0])
 
 
 def test_equal_frames_stay_equal_bit_for_bit():

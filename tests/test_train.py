@@ -15,6 +15,7 @@ from train_runs import config, model, results
 from sdr import SDRError, tiny
 from sdr.checkpoint import load_model
 from sdr.clip_cache import ClipCache
+from sdr.engine import Processes
 from sdr.train import train
 from sdr.train_config import learning_rate, to_json
 from sdr.trainer import Trainer
@@ -63,10 +64,14 @@ def whole(tmp_path_factory, data, others):
     return out
 
 
-def stop_after(count: int):
-    """Says True from the ``count``-th question on."""
-    asked = iter(range(1, 10**6))
-    return lambda: next(asked) >= count
+def train_some(count: int, *arguments, **options):
+    """A run that is stopped after ``count`` updates of this call."""
+    done = []
+
+    def progress(step: int, steps: int, figures: dict) -> None:
+        done.append(step)
+
+    return train(*arguments, progress=progress, stop=lambda: len(done) >= count, **options)
 
 
 def table(path) -> list[dict[str, float]]:
@@ -129,7 +134,7 @@ def test_moving_average_is_what_is_validated_and_written(tmp_path, data, others,
 
 @pytest.mark.parametrize("step", [1, 3, 8, 11])
 def test_goes_on_after_a_stop_at_any_update_bit_for_bit(tmp_path, data, others, whole, step):
-    stopped = train(config(ema=0.5), data, others, tmp_path, stop=stop_after(step))
+    stopped = train_some(step, config(ema=0.5), data, others, tmp_path)
     assert not stopped.finished
     assert train(config(ema=0.5), data, others, tmp_path).finished
     assert results(tmp_path) == results(whole)
@@ -137,26 +142,39 @@ def test_goes_on_after_a_stop_at_any_update_bit_for_bit(tmp_path, data, others, 
 
 def test_stopped_after_every_update(tmp_path, data, others, whole):
     runs = 0
-    while not train(config(ema=0.5), data, others, tmp_path, stop=stop_after(1)).finished:
+    while not train_some(1, config(ema=0.5), data, others, tmp_path).finished:
         runs += 1
     assert runs == 12
     assert results(tmp_path) == results(whole)
 
 
+def test_a_stop_in_a_validation_leaves_it_to_the_next_call(tmp_path, data, others, whole):
+    asked = []
+    result = train(
+        config(ema=0.5), data, others, tmp_path, stop=lambda: len(asked.append(1) or asked) == 4
+    )  # the first batch
+    assert not result.finished
+    assert not (tmp_path / "validation.csv").exists()
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())][-1] == "step_000000003.safetensors"
+    assert train(config(ema=0.5), data, others, tmp_path).finished
+    assert results(tmp_path) == results(whole)
+
+
 def test_settings_that_change_no_number_may_be_others(tmp_path, data, others, whole):
-    train(config(ema=0.5), data, others, tmp_path, stop=stop_after(5))
+    train_some(5, config(ema=0.5), data, others, tmp_path)
     train(config(ema=0.5, log_every=1, checkpoint_every=7, keep_last=5, max_bad_steps=3), data, others, tmp_path)
     expected, found = results(whole), results(tmp_path)
     assert found["losses.csv"] == expected["losses.csv"]
-    assert load_model(tmp_path / "last.safetensors")[0].state_dict().keys()
     one, other = (load_model(folder / "last.safetensors")[0].state_dict() for folder in (tmp_path, whole))
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_a_finished_run_is_not_done_again(tmp_path, data, others, whole, monkeypatch):
     monkeypatch.setattr(Trainer, "step", lambda *a, **k: pytest.fail("trained"))
-    before = results(whole)
-    result = train(config(ema=0.5), data, others, whole)
+    before, settings = results(whole), (whole / "config.json").read_bytes()
+    monkeypatch.setattr("sdr.train.processes", lambda: Processes(0, 8))  # it was trained by others
+    result = train(config(ema=0.5, keep_last=7), data, others, whole)
+    assert (whole / "config.json").read_bytes() == settings
     assert (result.finished, results(whole)) == (True, before)
     assert result.metrics == json.loads(before["result.json"])["metrics"]
 
@@ -187,7 +205,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, data):
 
 
 def test_checkpoints_are_few_and_the_one_before_a_damaged_one_counts(tmp_path, data, others, whole, caplog):
-    train(config(ema=0.5), data, others, tmp_path, stop=stop_after(8))
+    train_some(8, config(ema=0.5), data, others, tmp_path)
     kept = sorted((tmp_path / "checkpoints").iterdir())
     assert [path.name for path in kept] == ["step_000000006.safetensors", "step_000000008.safetensors"]
     damaged = bytearray(kept[1].read_bytes())
@@ -200,8 +218,33 @@ def test_checkpoints_are_few_and_the_one_before_a_damaged_one_counts(tmp_path, d
     assert results(tmp_path) == results(whole)
 
 
+def test_a_checkpoint_after_damaged_ones_replaces_them(tmp_path, data):
+    train_some(9, config(checkpoint_every=3, keep_last=3), data, None, tmp_path)
+    folder = tmp_path / "checkpoints"
+    assert [p.name[-13:-12] for p in sorted(folder.iterdir())] == ["3", "6", "9"]
+    for name in ("step_000000006.safetensors", "step_000000009.safetensors"):
+        (folder / name).write_bytes(b"damaged")
+    train_some(1, config(checkpoint_every=3), data, None, tmp_path)
+    assert [p.name[-13:-12] for p in sorted(folder.iterdir())] == ["3", "4"]
+    assert train(config(checkpoint_every=3), data, None, tmp_path).finished
+
+
+def test_the_best_weights_are_of_this_run_even_where_the_file_is_not(tmp_path, data, others):
+    """best.safetensors was replaced after the checkpoint by updates that then came out otherwise."""
+    train_some(7, config(), data, others, tmp_path)
+    foreign = tmp_path / "best.safetensors"
+    expected = load_model(foreign)[0].state_dict()
+    foreign.write_bytes(b"of updates that never were")
+    result = train(config(lr=3e-3), data, others, tmp_path)
+    kept = load_model(tmp_path / "model.safetensors")[0].state_dict()
+    best = max(table(tmp_path / "validation.csv")[::-1], key=lambda row: row["video AUC"])
+    assert result.metrics["video AUC"] == best["video AUC"]
+    assert (tmp_path / "model.safetensors").read_bytes() == foreign.read_bytes()
+    assert (best["step"] > 6) == any(not torch.equal(kept[name], expected[name]) for name in kept)
+
+
 def test_no_whole_checkpoint_is_an_error(tmp_path, data):
-    train(config(), data, None, tmp_path, stop=stop_after(3))
+    train_some(3, config(), data, None, tmp_path)
     for path in (tmp_path / "checkpoints").iterdir():
         path.write_bytes(b"x" * 100)
     with pytest.raises(SDRError, match=r"checkpoints: no checkpoint there is whole"):
@@ -209,14 +252,14 @@ def test_no_whole_checkpoint_is_an_error(tmp_path, data):
 
 
 def test_log_that_lacks_what_the_checkpoint_has_is_an_error(tmp_path, data):
-    train(config(), data, None, tmp_path, stop=stop_after(3))
+    train_some(3, config(), data, None, tmp_path)
     (tmp_path / "losses.csv").unlink()
     with pytest.raises(SDRError, match=r"losses\.csv: ends at step 0, the checkpoint is of step 3"):
         train(config(), data, None, tmp_path)
 
 
 def test_other_software_is_said(tmp_path, data, caplog, monkeypatch):
-    train(config(), data, None, tmp_path, stop=stop_after(3))
+    train_some(3, config(), data, None, tmp_path)
     monkeypatch.setattr("sdr.train.platform.python_version", lambda: "4.0")
     train(config(), data, None, tmp_path)
     assert "other software, its numbers may differ: python was " in caplog.text
@@ -289,7 +332,7 @@ def test_a_vanished_clip_ends_the_run_with_its_name_and_nothing_is_lost(tmp_path
     cache = make_cache(tmp_path / "cache", real=12, fake=12)
     shard = cache / "shards/train/003.tar"
     whole = shard.read_bytes()
-    assert not train(config(), ClipCache(cache), None, tmp_path / "run", stop=stop_after(1)).finished
+    assert not train_some(1, config(), ClipCache(cache), None, tmp_path / "run").finished
     shard.unlink()
     with pytest.raises(SDRError, match=r"003\.tar: cannot be read for train/003\.mp4 clip 0: No such file"):
         train(config(), ClipCache(cache), None, tmp_path / "run")
@@ -326,7 +369,7 @@ def test_twenty_steps_give_the_pinned_losses(tmp_path, data):
 
 
 def test_losses_of_a_copied_folder_go_on(tmp_path, data, others, whole):
-    train(config(ema=0.5), data, others, tmp_path / "a", stop=stop_after(7))
+    train_some(7, config(ema=0.5), data, others, tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     train(config(ema=0.5), data, others, tmp_path / "b")
     assert results(tmp_path / "b") == results(whole)

@@ -70,7 +70,8 @@ def test_what_is_printed_can_be_read_again(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["lrr: 3\n", "model:\n  wdith: 3\n", "loss:\n  mi: much\n", "preset: huge\n", "[", "lr: -1\n"]
+    "text",
+    ["lrr: 3\n", "model:\n  wdith: 3\n", "loss:\n  mi: much\n", "preset: huge\n", "preset: [tiny]\n", "[", "lr: -1\n"],
 )
 def test_a_wrong_file_is_refused_before_anything_is_made(tmp_path, cache, capsys, text):
     (tmp_path / "wrong.yaml").write_text(text)
@@ -79,6 +80,29 @@ def test_a_wrong_file_is_refused_before_anything_is_made(tmp_path, cache, capsys
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert text.split(":")[0].strip("[\n") in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: evil.Foo\n",
+        "model:\n  class_path: evil.Foo\n",
+        "loss: {class_path: evil.Bar, init_args: {}}\n",
+        "tpa: [evil.Foo]\n",
+        "loader: other.yaml\n",
+    ],
+)
+@pytest.mark.parametrize("command", [("train",), ("reproduce", "table1")], ids=str)
+def test_a_file_runs_no_code_and_opens_no_other(tmp_path, cache, capsys, monkeypatch, command, text):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Foo: pass\nclass Bar: pass\n")
+    (tmp_path / "wrong.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("readers: 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert sdr(*command, "--config", "wrong.yaml", "--data", cache, "--out", str(tmp_path / "run")) == 2
+    assert capsys.readouterr().err.startswith("sdr: wrong.yaml: ")
+    assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "run").exists()
 
 

@@ -36,6 +36,8 @@ def test_presets_train_the_model_of_their_name():
         ({"strategy": "zero"}, "strategy must be one of"),
         ({"compile": 1}, "compile must be true or false"),
         ({"architecture": "ftcn", "implementation": "fast"}, "implementation must be reference for ftcn"),
+        ({"compile": True, "recompute": True}, "compile must be false with recompute"),
+        ({"compile": True, "implementation": "fast"}, "compile must be false with recompute and with"),
         ({"strategy": "fsdp", "precision": "fp16"}, "precision must be bf16 or fp32 for fsdp"),
     ],
     ids=str,

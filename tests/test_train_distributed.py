@@ -37,23 +37,33 @@ def joint(tmp_path_factory, cache) -> Path:
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def runs(request, tmp_path_factory, cache) -> tuple[Path, list[str]]:
-    """Runs by two processes, and what rank 0 said of them."""
+def runs(request, tmp_path_factory, cache) -> tuple[Path, dict[str, list[str]]]:
+    """Runs by two processes, and what each rank said of them, in order."""
     folder = tmp_path_factory.mktemp(request.param)
+    (folder / "taken").mkdir()
+    (folder / "taken/precious").touch()
     synchronised = {"strategy": request.param, "sync_batchnorm": True}
     jobs = [
-        ("joint", {**synchronised, "clip_norm": 1e6}, 0),
-        ("whole", {**synchronised, "recompute": True}, 0),
-        ("stopped", {**synchronised, "recompute": True}, 6),  # where a validation is due
-        ("stopped", {**synchronised, "recompute": True}, 0),
-        ("apart", {"strategy": request.param}, 0),
-        ("odd", {"batch_size": 6}, 0),
+        ("joint", {**synchronised, "clip_norm": 1e6}, 0, 0),
+        ("whole", {"strategy": request.param, "recompute": True, "accumulate": 2}, 0, 0),
+        ("stopped", {"strategy": request.param, "recompute": True, "accumulate": 2}, 3, 0),  # a validation is due
+        ("stopped", {"strategy": request.param, "recompute": True, "accumulate": 2}, 4, 0),  # in the validation
+        ("stopped", {"strategy": request.param, "recompute": True, "accumulate": 2}, 0, 0),
+        ("skipping", {**synchronised}, 0, 5),
+        ("joint", {**synchronised, "clip_norm": 1e6}, 0, 0),
+        ("odd", {"batch_size": 6}, 0, 0),
+        ("taken", {}, 0, 0),
     ]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     command += [str(cache), str(folder), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout.splitlines()
+    said: dict[str, list[str]] = {"0": [], "1": []}
+    for line in done.stdout.splitlines():
+        rank, _, text = line.partition(" ")
+        said[rank].append(text)
+    assert said["0"] == said["1"]
+    return folder, said["0"]
 
 
 def table(path: Path) -> list[dict[str, float]]:
@@ -67,7 +77,7 @@ def flat_weights(path: Path) -> torch.Tensor:
 
 def test_train_like_one_on_the_joint_batch(runs, joint):
     folder, said = runs
-    assert said[0] == "joint finished"
+    assert said[0] == said[6] == "joint finished"
     for name in ("losses.csv", "validation.csv"):
         for row, expected in zip(table(folder / "joint" / name), table(joint / name), strict=True):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
@@ -77,25 +87,34 @@ def test_train_like_one_on_the_joint_batch(runs, joint):
 
 def test_a_stop_on_one_process_stops_both_and_they_go_on_bit_for_bit(runs):
     folder, said = runs
-    assert said[1:4] == ["whole finished", "stopped stopped", "stopped finished"]
+    assert said[1:5] == ["whole finished", "stopped stopped", "stopped stopped", "stopped finished"]
     assert results(folder / "stopped") == results(folder / "whole")
 
 
 def test_batch_norms_of_each_process_see_its_own_clips(runs, joint):
-    folder, said = runs
-    assert said[4] == "apart finished"
-    rows, expected = table(folder / "apart/losses.csv"), table(joint / "losses.csv")
+    folder, _ = runs
+    rows, expected = table(folder / "whole/losses.csv"), table(joint / "losses.csv")
     assert rows[0]["total"] != pytest.approx(expected[0]["total"], rel=1e-3)
     assert rows[-1]["total"] < rows[0]["total"]
 
 
-def test_what_does_not_fit_several_processes_is_refused_in_one_line(runs, cache):
+def test_an_update_that_is_not_finite_on_one_process_is_skipped_by_both(runs):
     folder, said = runs
-    assert said[5] == "odd refused: options: batch_size must be a multiple of 4 for 2 processes, got 6"
-    fields = json.loads((folder / "joint/config.json").read_text())
-    settings = config(
-        model=model(dropout=0.0), ema=0.5, strategy=fields["strategy"], sync_batchnorm=True, clip_norm=1e6
-    )
-    caches = (ClipCache(cache, split=split) for split in ("train", "val"))
-    with pytest.raises(SDRError, match=r"joint: was written with other settings: processes was 2, now 1 \("):
-        train(settings, *caches, folder / "joint")
+    assert said[5] == "skipping finished"
+    rows = table(folder / "skipping/losses.csv")
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 0, 1] + [0] * 7
+    for row, expected in zip(rows[:4], table(folder / "joint/losses.csv"), strict=False):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_what_does_not_fit_is_refused_in_one_line_by_every_process(runs, cache):
+    folder, said = runs
+    assert said[7] == "odd refused: options: batch_size must be a multiple of 4 for 2 processes, got 6"
+    assert said[8].startswith(f"taken refused: {folder}/taken: is not empty and was not written by sdr train")
+    caches = [ClipCache(cache, split=split) for split in ("train", "val")]
+    fields = json.loads((folder / "whole/config.json").read_text())
+    settings = config(model=model(dropout=0.0), ema=0.5, strategy=fields["strategy"], recompute=True, accumulate=2)
+    assert train(settings, *caches, folder / "whole").finished  # where it is done, the number says nothing
+    (folder / "whole/result.json").unlink()
+    with pytest.raises(SDRError, match=r"whole: was written with other settings: processes was 2, now 1 \("):
+        train(settings, *caches, folder / "whole")

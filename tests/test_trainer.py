@@ -18,7 +18,7 @@ from sdr.clip_cache import ClipCache
 from sdr.engine import make_fabric
 from sdr.loading import Batch, LoaderConfig, TrainingLoader
 from sdr.train_config import TrainConfig
-from sdr.trainer import FIGURES, Trainer
+from sdr.trainer import FIGURES, Trainer, refusals
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,14 @@ def test_goes_on_from_its_state_bit_for_bit(data, fields):
 class Waits(TorchDispatchMode):
     """Collects the operations that bring a value of the device to the host."""
 
-    HOST = ("aten._local_scalar_dense", "aten.equal", "aten.is_nonzero", "aten.nonzero", "aten.item")
+    HOST = (
+        "aten._local_scalar_dense",
+        "aten.equal",
+        "aten.is_nonzero",
+        "aten.nonzero",
+        "aten.item",
+        "aten.index.Tensor",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +117,7 @@ def test_an_update_does_not_wait_for_the_device(data, fields, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["views", "gradient"])
-@pytest.mark.parametrize("fields", [{}, {"accumulate": 2}, {"precision": "fp16"}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"accumulate": 2}, {"precision": "fp16"}, {"ema": 0.9}], ids=str)
 def test_non_finite_update_leaves_weights_statistics_and_moments(data, what, fields):
     one = trainer(**fields)
     parts = batches(data, 4, size=8 // fields.get("accumulate", 1))
@@ -131,7 +138,7 @@ def test_non_finite_update_leaves_weights_statistics_and_moments(data, what, fie
 def test_the_next_update_is_as_if_the_skipped_one_had_not_been(data):
     parts = batches(data, 3)
     plain = model(dropout=0.0)  # whose masks would be others
-    one, other = trainer(model=plain), trainer(model=plain)
+    one, other = trainer(model=plain, ema=0.9), trainer(model=plain, ema=0.9)
     run(one, [parts[0], parts[1]])
     bad = parts[2]._replace(views=parts[2].views * float("nan"))
     run(other, [parts[0], bad, parts[1]])
@@ -175,11 +182,12 @@ def test_moving_average_of_weights_and_statistics(data):
         one.step([batch], epoch=0.5)
         live = [value.detach().double() for value in one._averaged()]
         expected = [0.75 * e + 0.25 * v for e, v in zip(expected, live, strict=True)]
-    names = [name for name, _ in one.objective.named_parameters()]
+    buffers = [(name, value) for name, value in one.objective.named_buffers() if value.is_floating_point()]
+    names = [name for name, _ in (*one.objective.named_parameters(), *buffers)]
     live = {name: value.clone() for name, value in one.objective.state_dict().items()}
     with one.averaged():
-        found = dict(one.objective.named_parameters())
-        for name, value in zip(names, expected, strict=False):
+        found = one.objective.state_dict()
+        for name, value in zip(names, expected, strict=True):
             torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-7)
         assert not torch.equal(found[names[0]], live[names[0]])
     assert_same(one.objective.state_dict(), live)
@@ -271,19 +279,41 @@ def test_out_of_memory_names_the_settings(data, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(one.objective), "forward", full)
-    with pytest.raises(
-        SDRError, match=r"memory: an update of 4 clips .* \(raise accumulate \(now 2\) or lower batch_size"
-    ):
+    words = (
+        r"memory: an update of 8 clips .* cpu \(raise accumulate \(now 2\) or lower batch_size \(now 8\), or set recomp"
+    )
+    with pytest.raises(SDRError, match=words), refusals(one.config, one.fabric.device):
         one.step(batches(data, 2, size=4), epoch=0.5)
     monkeypatch.setattr(type(one.objective), "forward", lambda self, *inputs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError), refusals(one.config, one.fabric.device):
         one.step(batches(data, 2, size=4), epoch=0.5)
+
+
+def test_what_cannot_be_deterministic_is_said_in_one_line():
+    c, words = config(deterministic=True), r"deterministic: max_pool3d .* \(deterministic false allows it\)"
+    with pytest.raises(SDRError, match=words), refusals(c, torch.device("cuda")):
+        raise RuntimeError("max_pool3d does not have a deterministic implementation\nmore")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_update_does_not_wait_for_the_gpu(data):
+    c = config(ema=0.9, clip_norm=1.0)
+    one = Trainer(c, make_fabric(c, torch.device("cuda")))
+    loader = TrainingLoader(data, LoaderConfig(), c.tpa, batch_size=8, num_views=4, device="cuda")
+    with closing(iter(loader)) as found:
+        one.step([next(found)], epoch=0.5)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            one.step([next(found)], epoch=0.5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # PyTorch's own
 def test_compiled_model_gives_the_same_losses(data):
     parts = batches(data, 2)
-    fields = {"model": model(dropout=0.0, num_branches=1)}
+    fields = {"model": model(dropout=0.0, num_branches=1, backbone_stages=1, blocks=(1,))}
     parts = [batch._replace(views=batch.views[:, :1]) for batch in parts]
     compiled, plain = run(trainer(compile=True, **fields), parts), run(trainer(**fields), parts)
     for a, b in zip(compiled, plain, strict=True):
