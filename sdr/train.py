@@ -164,6 +164,8 @@ class Run:
     ) -> None:
         self.config, self.validation, self.out, self.fabric = config, validation, out, fabric
         self.info = WeightsInfo(origin, bool(data.settings.get("synthetic", False)), {}, to_json(config))
+        fakes = sum(record.label for record in data.records)
+        self.data = f"{len(data.records) - fakes} real and {fakes} fake videos of {dataset_name(data)}, split train"
         self.main = fabric.global_rank == 0
         self.trainer = Trainer(config, fabric)
         self.loader = TrainingLoader(
@@ -420,7 +422,7 @@ class Run:
             self.out,
             info=self._info(),
             config=self.trainer.objective.model.config,
-            data=self.info.origin,
+            data=self.data,
             scored=scored,
             threshold=self.best_metrics.get("threshold"),
         )
