@@ -140,7 +140,9 @@ def read_weights(path: str | Path, expected: str = FORMAT) -> tuple[dict[str, Te
 def check_file(path: str | Path, what: str) -> None:
     """Raise SDRError unless ``path`` is a regular file or a link to one; a path that no system takes is none."""
     if not os.path.isfile(path):
-        raise SDRError(path, "is not a regular file" if os.path.exists(path) else f"no such {what}")
+        inside = Path(path) / "model.safetensors"
+        hint = f"there is a {inside.name} in it" if os.path.isfile(inside) else ""
+        raise SDRError(path, "is not a regular file" if os.path.exists(path) else f"no such {what}", hint)
 
 
 def is_torch_file(path: str | Path) -> bool:

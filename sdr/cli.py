@@ -15,8 +15,8 @@ from sdr.prepare_command import run_prepare
 from sdr.reproduce_command import add_reproduce_arguments, run_reproduce
 from sdr.score_command import run_score
 from sdr.study_command import add_study_arguments, run_study_command
-from sdr.terminal import progress_bars, refusals
-from sdr.train_command import add_train_arguments, add_train_data_arguments, run_train
+from sdr.terminal import leave_processes, progress_bars, refusals
+from sdr.train_command import add_train_arguments, add_train_data_arguments, files_first, run_train
 
 
 def build_parser(argv: Sequence[str] = ()):
@@ -129,7 +129,7 @@ def add_device_argument(parser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = files_first(sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser(argv)
     except SDRError as error:
@@ -150,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sdr {command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        leave_processes()
 
 
 def run_synth(options) -> int:

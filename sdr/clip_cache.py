@@ -222,7 +222,9 @@ class ClipCache:
         names = ("video", "label", "method", "split", "identity", "clip", "shard", "offset")
         table = read_manifest(self.folder, names)
         if unknown := set(methods or ()) - set(table["method"]):
-            raise SDRError(self.folder, f"has no clip of the method {escape(', '.join(sorted(unknown)))}")
+            there = escape(", ".join(sorted(set(table["method"]) - {"real"})))
+            what = f"has no clip of the method {escape(', '.join(sorted(unknown)))}"
+            raise SDRError(self.folder, what, f"it has {there}")
         self.splits = frozenset(table["split"])
         rows = [
             i

@@ -54,7 +54,7 @@ class EvaluateConfig:
         check_choice("split", self.split, SPLITS)
         for name in ("batch_size", "resamples"):
             check_count(name, getattr(self, name))
-        check(self.threshold is None or math.isfinite(self.threshold), "threshold", "be finite", self.threshold)
+        check(self.threshold is None or 0 <= self.threshold <= 1, "threshold", "lie in 0..1", self.threshold)
         check(self.seed >= 0, "seed", "not be negative", self.seed)
 
 
@@ -83,6 +83,8 @@ def run_evaluate(options) -> int:
     caches = open_caches(options.caches, config, model.config)
     out = Path(options.out)
     make_folder(out)
+    if any(out.iterdir()) and not (out / "evaluation.json").is_file():
+        raise SDRError(out, "is not empty and was not written by sdr evaluate", "choose a new folder")
     scored = score_all(accelerate(model.to(device)), caches, config, device)
     draws = {"resamples": config.resamples, "seed": config.seed}
     groups = [g for videos in scored for g in evaluate_groups(videos, validation_threshold=threshold, **draws)]

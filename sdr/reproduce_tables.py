@@ -12,7 +12,7 @@ from sdr.protocol import DATASETS
 from sdr.published import FTCN_PUBLISHED, SOURCE
 from sdr.reproduce import Line, Result
 from sdr.terminal import SYNTHETIC_NOTE
-from sdr.train_config import TRAIN_PRESETS, to_json
+from sdr.train_config import TRAIN_PRESETS, TrainConfig, flatten, to_json
 
 TITLES = {  # of the table, and of its first column
     "table1": ("Table I: one manipulation left out", "held out"),
@@ -63,6 +63,17 @@ def figure_text(line: Line, name: str) -> str:
     return text
 
 
+def changes(config: TrainConfig) -> str:
+    """What the full model's settings have other than the preset that they are nearest to."""
+    flat = flatten(to_json(config))
+    others = {}
+    for name, preset in TRAIN_PRESETS.items():
+        usual = flatten(to_json(preset()))
+        others[name] = [f"{key} {flat[key]}" for key in usual if flat[key] != usual[key]]
+    nearest = min(others, key=lambda name: len(others[name]))
+    return f"the preset {nearest}" + (f" with {', '.join(others[nearest])}" if others[nearest] else "")
+
+
 def scale(result: Result) -> dict[str, str]:
     """How large the models and their training were, in words."""
     c = result.config
@@ -73,6 +84,7 @@ def scale(result: Result) -> dict[str, str]:
         "Model": f"{shape}, clips of {c.model.num_frames} frames of {c.model.image_size} x {c.model.image_size} pixels",
         "Training": f"{c.epochs:,} {'epoch' if c.epochs == 1 else 'epochs'}, {c.batch_size} clips an update, "
         f"learning rate {c.lr:g}, {c.precision}, seed {c.seed}",
+        "Settings": changes(c),
         "Trained on": span([(len(run.data), len(run.data.records)) for run in result.runs]),
         "Chosen by": f"{span(validated)} of the split val"
         if validated

@@ -41,6 +41,7 @@ from sdr.train import train as train_model
 from sdr.train_config import flatten
 
 STAMP = "settings.json"
+VIDEO_LIST = "videos.csv"  # of sdr synth
 CRF = 23  # of the synthetic videos
 LARGEST_GAP = 0.02  # in total variation of single pixels, between clips with the cue and without
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it, and of how much
@@ -114,6 +115,10 @@ def run_study(
                 mark_clips(job, report)
         except StoppedError:
             return None
+        except SDRError:
+            if stop():  # a signal to all processes ends the workers before this one has asked
+                return None
+            raise
         for folder in ("runs", "results"):
             make_folder(job.out / folder)
         return execute_all(plan(study, config), job, workers=workers, progress=progress, stop=stop)
@@ -131,7 +136,8 @@ def make_clips(config: StudyConfig, out: Path, *, workers: int, progress: Progre
     videos |= {"crf": [CRF], "seed": config.data_seed}
     claim_folder(out, STAMP, {"format": FORMAT, "videos": videos, "clips": shape}, command="sdr study")
     if not (clips / MANIFEST).is_file():
-        synthesize(data, **videos, workers=workers, progress=lambda done, of: progress("making videos", done, of))
+        if not (data / VIDEO_LIST).is_file():  # written last
+            synthesize(data, **videos, workers=workers, progress=lambda done, of: progress("making videos", done, of))
         prepare(
             read_layout("ffpp", data, compression=f"c{CRF}"),
             data,

@@ -41,7 +41,9 @@ def run_study_command(options) -> int:
 
     require("faces", "prepare", "train", "report")
     device = pick_device(options.device)
-    workers = options.workers or (len(os.sched_getaffinity(0)) if device.type == "cpu" else 1)
+    workers = options.workers
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if device.type == "cpu" else 1
     config, out = SCALES[options.scale](), Path(options.out)
     with progress_bars("{task.fields[note]}") as bars, refusals(), stopping() as stop:
         rows = run_study(

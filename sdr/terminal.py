@@ -1,6 +1,7 @@
 """What the commands share: their options made into configurations, refusals, missing packages, devices, progress."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -48,6 +49,8 @@ def pick_device(name: str):
     """``auto`` is a GPU where there is one."""
     import torch
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise SDRError("--device", f"must be auto, cpu, cuda or cuda:N, got {name!r}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -59,6 +62,14 @@ def pick_device(name: str):
     if device.type not in ("cpu", "cuda"):
         raise SDRError("--device", f"must be auto, cpu or cuda, got {name!r}")
     return device
+
+
+def leave_processes() -> None:
+    """Close what torchrun's processes have opened to one another: at the end of Python its threads would abort."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pick_cache(options) -> Path:

@@ -65,6 +65,7 @@ def train(
     out: str | Path,
     *,
     origin: str = "",
+    command: Mapping[str, object] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress = lambda step, steps, figures: None,
     stop: Callable[[], bool] = lambda: False,
@@ -79,6 +80,7 @@ def train(
         validation: scored now and then: its AUC chooses the weights that are kept. None keeps the last ones.
         out: folder; made when missing.
         origin: one sentence for the weights file: what they were trained on.
+        command: what else a command line needs to repeat the run, by option; kept with the settings in config.json.
         device: to train on; under torchrun its type counts.
         progress: called on rank 0 after every update.
         stop: asked after every update; once it says True on any process, a checkpoint is written and the run ends.
@@ -99,7 +101,7 @@ def train(
         done: dict | SDRError | None = None
         if fabric.global_rank == 0:
             try:
-                done = held.enter_context(claimed(out, config, data, validation, fabric.device))
+                done = held.enter_context(claimed(out, config, data, validation, fabric.device, command))
             except SDRError as error:  # every process must hear of it, or they wait for this one
                 done = error
         done = fabric.broadcast(done)
@@ -114,7 +116,12 @@ def train(
 
 @contextmanager
 def claimed(
-    out: Path, config: TrainConfig, data: ClipCache, validation: ClipCache | None, device: torch.device
+    out: Path,
+    config: TrainConfig,
+    data: ClipCache,
+    validation: ClipCache | None,
+    device: torch.device,
+    command: Mapping[str, object] | None,
 ) -> Iterator[dict | None]:
     """Hold ``out`` as this run's folder; gives what a finished run has left there.
 
@@ -124,7 +131,7 @@ def claimed(
     if config.init:
         check_file(config.init, "weights file")
     settings = {name: value for name, value in flatten(to_json(config)).items() if name not in FREE}
-    settings |= {"data": data.digest, "validation": validation.digest if validation else None}
+    settings |= {"data": identify(data), "validation": identify(validation) if validation else None}
     settings |= {"init_sha256": file_digest(config.init) if config.init else None}
     make_folder(out)
     settings |= {"device": device.type, "processes": processes().world_size}
@@ -135,8 +142,13 @@ def claimed(
             settings |= {name: kept.get(name) for name in ("device", "processes")}
         claim_folder(out, STAMP, settings, command="sdr train", report=CONFIG)
         if done is None:
-            write_atomic(out / CONFIG, json.dumps(to_json(config), indent=2) + "\n")
+            write_atomic(out / CONFIG, json.dumps({**(command or {}), **to_json(config)}, indent=2) + "\n")
         yield done
+
+
+def identify(cache: ClipCache) -> str:
+    """Which clips these are, for people and for comparison."""
+    return f"{len(cache)} clips of {len(cache.records)} videos, digest {cache.digest[:16]}"
 
 
 @contextmanager

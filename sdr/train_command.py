@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,17 @@ from sdr.terminal import SYNTHETIC_NOTE, pick_device, progress_bars, require, se
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 DEFAULT_PRESET = "tiny"
 SECTIONS = ("model", "loader", "loss", "tpa")  # of a configuration file
+
+
+def files_first(argv: Sequence[str]) -> list[str]:
+    """The command line with its configuration files before its options, which so go before what the files say."""
+    files, rest, words = [], [], iter(argv)
+    for word in words:
+        if word == "--config":
+            files += [word, *islice(words, 1)]
+        else:
+            (files if word.startswith("--config=") else rest).append(word)
+    return [*rest[:1], *files, *rest[1:]]
 
 
 def find_preset(argv: Sequence[str]) -> object:
@@ -107,23 +119,32 @@ def run_train(options) -> int:
         print("note: the cache has no split val: nothing is validated, the last weights are kept", file=sys.stderr)
     refuse_leaks(options.data)
     with training_bars(visible=main) as progress, stopping() as stop:
+        trained = False
+
+        def report(step: int, steps: int, figures: Mapping[str, float]) -> None:
+            nonlocal trained
+            trained = True
+            progress(step, steps, figures)
+
         result = train(
             config,
             data,
             validation,
             options.out,
-            origin=describe(options.preset, data),
+            origin=describe(options.preset, config, data),
+            command={"preset": options.preset, "methods": options.methods},
             device=device,
-            progress=progress,
+            progress=report,
             stop=stop,
         )
-    leave_processes()
     if not result.finished:
         if main:
             again = f"the same command goes on from there: {escape(Path(options.out).resolve())}"
             print(f"sdr train: stopped after a checkpoint; {again}", file=sys.stderr)
         return EXIT_CODES[stop.signal or signal.SIGTERM]
     if main:
+        if not trained:
+            print("the run was finished before: nothing was trained", file=sys.stderr)
         for name, value in result.metrics.items():
             print(f"validation {name}: {value:.4f}")
         if data.settings.get("synthetic", False):
@@ -131,14 +152,6 @@ def run_train(options) -> int:
         print(f"weights: {escape(result.weights.resolve())}")
         print(f"report: {escape(result.weights.with_name('report.html').resolve())}")
     return 0
-
-
-def leave_processes() -> None:
-    """End what torchrun's processes have opened to one another, which PyTorch asks for."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def refuse_leaks(folder: str | Path) -> None:
@@ -150,8 +163,11 @@ def refuse_leaks(folder: str | Path) -> None:
         raise SDRError(folder, leak, "its validation would say nothing")
 
 
-def describe(preset: str, data) -> str:
+def describe(preset: str, config, data) -> str:
     """What the weights say of their origin."""
+    from sdr.train_config import TRAIN_PRESETS
+
+    preset += "" if config.model == TRAIN_PRESETS[preset]().model else " with changes"
     kind = "synthetic matched-marginals" if data.settings.get("synthetic") else data.settings.get("layout", "cached")
     methods = sorted({record.method for record in data.records if record.label})
     return f"{preset}, trained on {len(data.records)} {kind} videos, fakes by {', '.join(methods)}"

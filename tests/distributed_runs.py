@@ -15,6 +15,7 @@ from train_runs import config, model
 from sdr.clip_cache import ClipCache
 from sdr.engine import processes
 from sdr.errors import SDRError
+from sdr.terminal import leave_processes
 from sdr.train import train
 from sdr.trainer import Trainer
 
@@ -48,6 +49,7 @@ def main(cache: str, folder: str, jobs: str) -> None:
             said = f"refused: {error}"
         print(f"{processes().rank} {name} {said}", flush=True)
         torch.distributed.barrier()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def test_bad_usage_is_code_2(arguments, capsys):
         ("score x.mp4 --stride 0", "stride must be at least 1, got 0"),
         ("score x.mp4 --limits.seconds 0", "seconds must"),
         ("score x.mp4 --views tpa --weights ftcn.safetensors", "views must be 'same' for FTCN"),
-        ("score x.mp4 --device meta", "--device: must be auto, cpu or cuda, got 'meta'"),
+        ("score x.mp4 --device meta", "--device: must be auto, cpu, cuda or cuda:N, got 'meta'"),
         ("score x.mp4 --split test", "--split: needs --truth"),
         ("train --data x --out y --loss.ce -1", "ce must not be negative"),
         ("train --data x --out y --tpa.hue 7", "hue must lie in [0, 0.5]"),

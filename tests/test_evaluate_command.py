@@ -138,8 +138,8 @@ def test_scores_metrics_and_intervals_are_right_and_all_files_agree(tmp_path, mo
 
 
 def test_the_json_says_all_that_was_used(tmp_path, weights, cache):
-    evaluate(weights, cache, "--out", tmp_path, "--resamples", 5)
-    document = json.loads((tmp_path / "evaluation.json").read_text())
+    evaluate(weights, cache, "--out", tmp_path / "out", "--resamples", 5)
+    document = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert document["weights"]["path"] == str(weights.resolve())
     assert document["weights"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (document["weights"]["model"], document["weights"]["config"]["num_frames"]) == ("SDRModel", T)
@@ -168,8 +168,8 @@ def test_a_second_run_writes_the_same_bytes(tmp_path, weights, cache):
 
 
 def test_markdown_tables_are_whole(tmp_path, weights, cache):
-    evaluate(weights, cache, "--out", tmp_path, "--resamples", 5)
-    lines = (tmp_path / "evaluation.md").read_text().splitlines()
+    evaluate(weights, cache, "--out", tmp_path / "out", "--resamples", 5)
+    lines = (tmp_path / "out/evaluation.md").read_text().splitlines()
     assert lines[0] == "# Evaluation on videos"
     tables = [line for line in lines if line.startswith("|")]
     titles = "video AUC \\| video accuracy at 0.5 \\| video accuracy at 0.\\d+ \\(val\\) \\| video EER \\| video AP"
@@ -208,8 +208,8 @@ def test_threshold_is_the_weights_the_users_or_none(tmp_path, model, weights, ca
 
 def test_the_thresholds_accuracy_is_at_it(tmp_path, weights, cache):
     for threshold, accuracy in ((0.0, 12 / 21), (1.0, 9 / 21)):  # all fake, all real
-        evaluate(weights, cache, "--out", tmp_path, "--resamples", 5, "--threshold", threshold)
-        (group, *_) = json.loads((tmp_path / "evaluation.json").read_text())["groups"]
+        evaluate(weights, cache, "--out", tmp_path / "out", "--resamples", 5, "--threshold", threshold)
+        (group, *_) = json.loads((tmp_path / "out/evaluation.json").read_text())["groups"]
         assert group["metrics"]["video accuracy at the validation threshold"] == pytest.approx(accuracy, abs=1e-15)
 
 
@@ -227,12 +227,12 @@ def test_what_is_synthetic_says_so_everywhere(tmp_path, model, of_weights, of_ca
 
 def test_split_and_methods_choose_the_videos(tmp_path, weights):
     folder = cache_of_two_methods(tmp_path / "cache", splits=("test", "val"))
-    evaluate(weights, folder, "--out", tmp_path, "--split", "val", "--methods", "[Puppet]", "--resamples", 5)
-    rows = read_csv(tmp_path / "videos.csv")
+    evaluate(weights, folder, "--out", tmp_path / "out", "--split", "val", "--methods", "[Puppet]", "--resamples", 5)
+    rows = read_csv(tmp_path / "out/videos.csv")
     assert {row["method"] for row in rows} == {"real", "Puppet"}
     assert {row["video"].split("/")[0] for row in rows} == {"val"}
     assert {row["label"] for row in rows if row["method"] == "Puppet"} == {"1"}
-    groups = json.loads((tmp_path / "evaluation.json").read_text())["groups"]
+    groups = json.loads((tmp_path / "out/evaluation.json").read_text())["groups"]
     assert [(group["method"], group["real"], group["fake"]) for group in groups] == [
         ("all", 9, 6),
         ("Puppet", 9, 6),
@@ -243,8 +243,8 @@ def test_ftcn_weights_are_evaluated_too(tmp_path, cache):
     torch.manual_seed(0)
     model = FTCN(CONFIG.branch()).eval()
     save_weights(tmp_path / "ftcn.safetensors", model, WeightsInfo("a test"))
-    evaluate(tmp_path / "ftcn.safetensors", cache, "--out", tmp_path, "--resamples", 5)
-    scores = [float(row["score"]) for row in read_csv(tmp_path / "videos.csv")]
+    evaluate(tmp_path / "ftcn.safetensors", cache, "--out", tmp_path / "out", "--resamples", 5)
+    scores = [float(row["score"]) for row in read_csv(tmp_path / "out/videos.csv")]
     assert np.allclose(scores, list(loop(model, ClipCache(cache)).values()), rtol=0, atol=1e-5)
 
 
@@ -348,11 +348,11 @@ def test_refuses_caches_in_one_line(tmp_path, weights, damage, message):
     ("options", "message"),
     [
         (["--methods", "[Swap,Nothing]"], "has no clip of the method Nothing"),
-        (["--threshold", ".nan"], "options: threshold must be finite"),
+        (["--threshold", ".nan"], "options: threshold must lie in 0..1"),
         (["--batch_size", "0"], "options: batch_size must be at least 1"),
         (["--resamples", "0"], "options: resamples must be at least 1"),
         (["--seed", "-1"], "options: seed must not be negative"),
-        (["--device", "meta"], "--device: must be auto, cpu or cuda"),
+        (["--device", "meta"], "--device: must be auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_refuses_options_in_one_line(tmp_path, weights, cache, options, message):
@@ -377,17 +377,27 @@ def test_refuses_files_in_one_line(tmp_path, weights, cache, monkeypatch):
         evaluate(tmp_path / "gone.safetensors", cache, "--out", tmp_path / "out")
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path, weights, cache):
+    (tmp_path / "scores.csv").write_text("precious")
+    with pytest.raises(SDRError, match="is not empty and was not written by sdr evaluate"):
+        evaluate(weights, cache, "--out", tmp_path, "--resamples", 2)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("scores.csv", "precious")]
+
+
 @pytest.mark.parametrize("value", [True, float("nan")])
 def test_refuses_a_validation_threshold_that_is_no_number(tmp_path, model, cache, value):
     save_weights(tmp_path / "m.safetensors", model, WeightsInfo("a test", metrics={"validation threshold": value}))
     with pytest.raises(SDRError, match=r"m\.safetensors: carries a validation threshold that is no number"):
         evaluate(tmp_path / "m.safetensors", cache, "--out", tmp_path / "out")
-    assert evaluate(tmp_path / "m.safetensors", cache, "--out", tmp_path, "--threshold", 0.5, "--resamples", 2) == 0
+    assert (
+        evaluate(tmp_path / "m.safetensors", cache, "--out", tmp_path / "out", "--threshold", 0.5, "--resamples", 2)
+        == 0
+    )
 
 
 def test_the_fast_model_scores_in_batches_of_the_size_that_was_asked_for(tmp_path, weights, cache, monkeypatch):
     seen = []
     forward = fast.SDRModel.forward
     monkeypatch.setattr(fast.SDRModel, "forward", lambda self, clips: seen.append(len(clips)) or forward(self, clips))
-    evaluate(weights, cache, "--out", tmp_path, "--batch_size", 20, "--resamples", 2)
+    evaluate(weights, cache, "--out", tmp_path / "out", "--batch_size", 20, "--resamples", 2)
     assert seen == [20, 20, 2]

@@ -60,6 +60,8 @@ def test_a_file_names_a_preset_and_what_differs(tmp_path, capsys):
     assert printed(capsys, "--config", str(tmp_path / "mine.yaml")) == expected
     over = printed(capsys, "--config", str(tmp_path / "mine.yaml"), "--lr", "0.125", "--loss.mi", "0.75")
     assert (over["lr"], over["loss"]["mi"], over["model"]["num_branches"]) == (0.125, 0.75, 2)
+    assert printed(capsys, "--lr", "0.125", "--loss.mi", "0.75", "--config", str(tmp_path / "mine.yaml")) == over
+    assert printed(capsys, "--lr", "0.125", "--loss.mi", "0.75", f"--config={tmp_path / 'mine.yaml'}") == over
 
 
 def test_what_is_printed_can_be_read_again(tmp_path, capsys):
@@ -114,7 +116,7 @@ def test_trains_reports_and_says_where(tmp_path, cache, capsys):
     assert "validation video AUC: " in said
     assert "nothing about real deepfakes" in said
     _, info = load_model(out / "model.safetensors")
-    assert info.origin == "tiny, trained on 24 synthetic matched-marginals videos, fakes by Flicker"
+    assert info.origin == "tiny with changes, trained on 24 synthetic matched-marginals videos, fakes by Flicker"
     assert "nothing about real deepfakes" in (out / "README.md").read_text()
     assert "<html" in (out / "report.html").read_text()
     again = ("train", "--data", cache, "--out", str(tmp_path / "again"), "--config", str(out / "config.json"))
@@ -126,6 +128,7 @@ def test_trains_reports_and_says_where(tmp_path, cache, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ((*SMALL, "--device", "gpu"), "--device: must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (("--preset", "paper"), "holds clips of 8 x 16 x 16 (the model takes those of sdr prepare --num_frames 32"),
         ((*SMALL, "--methods", "[Deepfakes]"), "has no clip of the method Deepfakes"),
         ((*SMALL, "--device", "cuda:99"), "--device: 'cuda:99' cannot be used"),
@@ -215,9 +218,24 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, cache, capsys):
     assert "another sdr train is writing there" in capsys.readouterr().err
 
 
+def test_a_kept_configuration_repeats_the_run_with_its_preset_and_methods(tmp_path, capsys):
+    several = make_cache(tmp_path / "cache", real=8, fake=8, splits=("train", "val"), methods=("Deepfakes", "FaceSwap"))
+    one = ("train", "--data", str(several), "--out", str(tmp_path / "one"), *SMALL, "--methods", "[FaceSwap]")
+    assert sdr(*one, "--seed", "3") == 0
+    again = ("train", "--data", str(several), "--out", str(tmp_path / "two"))
+    assert sdr(*again, "--config", str(tmp_path / "one/config.json")) == 0
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+    capsys.readouterr()
+    assert sdr(*one, "--seed", "3") == 0
+    assert "the run was finished before: nothing was trained" in capsys.readouterr().err
+    assert sdr(*one[:5], *SMALL, "--seed", "3") == 2
+    assert "data was 16 clips of 16 videos, digest " in capsys.readouterr().err
+
+
 def test_the_settings_are_kept_as_json(tmp_path, cache):
     out = tmp_path / "run"
     assert sdr("train", "--data", cache, "--out", str(out), *SMALL) == 0
     kept = json.loads((out / "config.json").read_text())
+    assert (kept.pop("preset"), kept.pop("methods")) == ("tiny", None)
     expected = to_json(config(model=model(), epochs=2, log_every=2, checkpoint_every=500, warmup_epochs=None))
     assert kept == expected
