@@ -12,6 +12,7 @@ from sdr.protocol import DATASETS
 from sdr.published import FTCN_PUBLISHED, SOURCE
 from sdr.reproduce import Line, Result
 from sdr.terminal import SYNTHETIC_NOTE
+from sdr.train import FREE
 from sdr.train_config import TRAIN_PRESETS, TrainConfig, flatten, to_json
 
 TITLES = {  # of the table, and of its first column
@@ -69,7 +70,7 @@ def changes(config: TrainConfig) -> str:
     others = {}
     for name, preset in TRAIN_PRESETS.items():
         usual = flatten(to_json(preset()))
-        others[name] = [f"{key} {flat[key]}" for key in usual if flat[key] != usual[key]]
+        others[name] = [f"{key} {flat[key]}" for key in usual if key not in FREE and flat[key] != usual[key]]
     nearest = min(others, key=lambda name: len(others[name]))
     return f"the preset {nearest}" + (f" with {', '.join(others[nearest])}" if others[nearest] else "")
 

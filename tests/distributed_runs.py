@@ -6,6 +6,7 @@ other, since starting processes takes longer than training. No update may meet a
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def main(cache: str, folder: str, jobs: str) -> None:
             )
         except SDRError as error:
             said = f"refused: {error}"
-        print(f"{processes().rank} {name} {said}", flush=True)
+        os.write(1, f"{processes().rank} {name} {said}\n".encode())  # at once: the processes share the pipe
         torch.distributed.barrier()
     leave_processes()
 

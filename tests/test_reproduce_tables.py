@@ -30,9 +30,9 @@ from sdr.checkpoint import load_model
 from sdr.protocol import plan
 from sdr.published import PUBLISHED, Published
 from sdr.reproduce import Line, Result, reproduce
-from sdr.reproduce_tables import render_figure, render_markdown, table_cells, to_facts, write_result
+from sdr.reproduce_tables import changes, render_figure, render_markdown, table_cells, to_facts, write_result
 from sdr.terminal import SYNTHETIC_NOTE
-from sdr.train_config import train_paper
+from sdr.train_config import TRAIN_PRESETS, train_paper
 
 pytest.importorskip("pyarrow")
 pytest.importorskip("sklearn")
@@ -183,6 +183,13 @@ def test_scale_is_stated(caches):
     assert "- Tested on: 140 + 140 videos of FaceForensics++\n" in text
     result = result_of("table1", caches, TABLE1)._replace(config=train_paper())
     assert "- Model: the preset paper, clips of 32 frames of 224 x 224 pixels\n" in render_markdown(result)
+
+
+def test_the_page_names_every_setting_that_is_not_a_presets():
+    usual = TRAIN_PRESETS["paper"]()
+    assert changes(usual) == changes(replace(usual, log_every=7)) == "the preset paper"
+    other = replace(usual, model=replace(usual.model, num_branches=2), loss=replace(usual.loss, mi=0.5))
+    assert changes(other) == "the preset paper with model.num_branches 2, loss.mi 0.5"
 
 
 def test_a_name_cannot_break_the_table(tmp_path):
