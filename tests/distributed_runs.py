@@ -51,6 +51,7 @@ def main(cache: str, folder: str, jobs: str) -> None:
         os.write(1, f"{processes().rank} {name} {said}\n".encode())  # at once: the processes share the pipe
         torch.distributed.barrier()
     leave_processes()
+    os._exit(0)  # gloo's threads can outlive the group and abort Python's own end, now and then, after FSDP
 
 
 if __name__ == "__main__":
