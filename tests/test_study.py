@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from clip_caches import S, T, make_cache
+from clip_caches import make_cache
 from jsonargparse import ArgumentParser
+from reproductions import MODEL
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 import sdr.study
-from sdr import FTCN, SDRConfig, SDRError, SDRModel
+from sdr import FTCN, SDRError, SDRModel
 from sdr.checkpoint import WeightsInfo, load_model, save_weights
 from sdr.clip_cache import ClipCache
 from sdr.datasets import SYNTH_METHODS
@@ -34,18 +35,6 @@ from sdr.terminal import SYNTHETIC_NOTE
 from sdr.train import TrainResult
 from sdr.train_config import TrainConfig, flatten, to_json
 
-pytest.importorskip("pyarrow")
-MODEL = SDRConfig(
-    num_frames=T,
-    image_size=S,
-    width=2,
-    backbone_stages=1,
-    blocks=(1,),
-    embed_dim=8,
-    num_heads=1,
-    head_dim=8,
-    mlp_dim=8,
-)
 CONFIG = StudyConfig(TrainConfig(model=MODEL, epochs=1, batch_size=4, lr=1e-3), seeds=2, stride=8, cue=Cue(strength=20))
 
 
