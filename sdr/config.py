@@ -229,3 +229,28 @@ class TPAConfig:
         for name in ("crop_area", "cutout_area"):
             check(getattr(self, name)[1] <= 1, name, "not pass 1", getattr(self, name))
         check_choice("cutout_fill", self.cutout_fill, ("mean", "black"))
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    """How :class:`sdr.fast.SDRModel` trains its branches.
+
+    Args:
+        scheme: of :func:`sdr_kernels.normed_bottleneck`: ``gram`` keeps least for the backward pass, ``fused`` what
+            every convolution puts out.
+        recompute: parts, of ``stem``, ``res2`` and so on, of which only the input is kept; the rest is computed again
+            in the backward pass.
+        impl: ``auto`` (Triton on a GPU, the plain branches on a CPU, where they take less time), ``triton``, ``cpu``,
+            which takes less memory there, or ``reference``, the plain branches.
+    """
+
+    scheme: Literal["gram", "fused"] = "gram"
+    recompute: tuple[str, ...] = ()
+    impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recompute", tuple(self.recompute))
+        check_choice("scheme", self.scheme, ("gram", "fused"))
+        check_choice("impl", self.impl, ("auto", "reference", "cpu", "triton"))
+        parts = ("stem", "res2", "res3", "res4", "res5")
+        check(set(self.recompute) <= set(parts), "recompute", f"name parts of {', '.join(parts)}", self.recompute)

@@ -1,15 +1,16 @@
 """SDRModel on grouped kernels: same arguments, same state_dict, same output as :class:`sdr.model.SDRModel`.
 
-In evaluation and without gradients all branches run in one pass of the ops in :mod:`sdr_kernels`, batch norms folded:
-Triton kernels on a GPU, products of rows that stay in the cache on a CPU. In training, or where a gradient is asked
-for, and for the control whose convolutions look sideways, the reference runs.
+All branches run in one pass of the ops in :mod:`sdr_kernels`: Triton kernels on a GPU, products of rows on a CPU. In
+evaluation and without gradients batch norms are folded; in training, or where a gradient is asked for, statistics and
+gradients are exact and most of what an eager network keeps for the backward pass is never in memory. The reference
+runs for the control whose convolutions look sideways, for gradients of the views, and for norms that no kernel has.
 """
 
 import copy
 import logging
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -18,48 +19,53 @@ from torch import Tensor, nn
 
 from sdr import model as reference
 from sdr.checkpoint import sdr_from_ftcn
-from sdr.config import SDRConfig
-from sdr.ftcn import FTCN
+from sdr.config import GroupedConfig, SDRConfig
+from sdr.ftcn import FTCN, Backbone
 from sdr.graphs import GraphCache
+from sdr.grouped import GroupedPass, why_not_grouped
 from sdr.model import SDROutput
 from sdr.packing import PackedModel
 from sdr.tpa import normalise
 
 logger = logging.getLogger(__name__)
 
-WHY_REFERENCE = {
-    "training": (logging.INFO, "training runs the reference model: the kernels have no backward yet"),
-    "gradient": (logging.WARNING, "gradients are enabled, so the reference model runs: use torch.inference_mode()"),
-    "sideways": (logging.INFO, "the reference model runs: the kernels are for spatial_kernel 1"),
-}
-
 
 class SDRModel(reference.SDRModel):
-    """:class:`sdr.model.SDRModel` with fast inference; a drop-in for it in every other respect.
+    """:class:`sdr.model.SDRModel` through kernels, in inference and in training; a drop-in for it in every respect.
 
-    The kernels run in the dtype of the parameters or of an enabled autocast. Packed weights are made at the first call,
-    and anew when a parameter, buffer or module has changed; what is written through ``.data``, or to a tensor that was
-    made in inference mode, cannot be seen: call :meth:`refresh` after that. Hooks of submodules run in the reference
-    alone. On a GPU small inputs replay a CUDA graph per shape, from any thread and stream; a graph that a user captures
-    of a call holds the weights of that time.
+    The kernels run in the dtype of the parameters or of an enabled autocast. In training weights and gradients keep
+    their own dtype, and batch norms are exact: by the batch, frozen where they are in evaluation, over all processes
+    where they are :class:`sdr.sync_norm.SyncBatchNorm3d`.
+
+    For inference weights are packed at the first call, and anew when a parameter, buffer or module has changed; what is
+    written through ``.data``, or to a tensor that was made in inference mode, cannot be seen: call :meth:`refresh`
+    after that. Hooks of submodules run in the reference alone. On a GPU small inputs replay a CUDA graph per shape,
+    from any thread and stream; a graph that a user captures of a call holds the weights of that time.
 
     Args:
         config: shapes and options; see :class:`sdr.config.SDRConfig` and the presets beside it.
         norm: makes a batch norm from its channels.
+        grouped: how branches are trained; may be set anew at any time.
     """
 
     # clips times branches up to which launching takes longer than running, so that a graph pays for its memory
     graph_limit = 16
 
-    def __init__(self, config: SDRConfig, norm: Callable[[int], nn.Module] = nn.BatchNorm3d) -> None:
+    def __init__(
+        self,
+        config: SDRConfig,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm3d,
+        grouped: GroupedConfig = GroupedConfig(),  # noqa: B008, frozen
+    ) -> None:
         super().__init__(config, norm)
+        self.grouped = grouped
         self._runtime = _Runtime()
 
     @classmethod
     def from_reference(cls, model: reference.SDRModel) -> "SDRModel":
         """A fast model with a copy of ``model``'s weights, on its device and in its dtype and mode."""
         fast = cls.__new__(cls)  # no initialisation: it would be overwritten, and would move the random generator
-        fast.__dict__.update(copy.deepcopy(vars(model)), _runtime=_Runtime())
+        fast.__dict__.update(copy.deepcopy(vars(model)), grouped=GroupedConfig(), _runtime=_Runtime())
         return fast
 
     def refresh(self) -> None:
@@ -79,24 +85,44 @@ class SDRModel(reference.SDRModel):
             RuntimeError: a CUDA graph is being captured, and no call before has packed the weights as they are.
         """
         kind = views.device.type
-        if kind not in ("cpu", "cuda"):
-            return super().forward(views)
-        if self.config.spatial_kernel != 1:
-            self._runtime.explain_reference("sideways")
-            return super().forward(views)
-        if self.training or wants_gradient(self, views):
-            self._runtime.explain_reference("training" if self.training else "gradient")
+        folds = kind in ("cpu", "cuda") and self.config.spatial_kernel == 1
+        if not folds or self.training or wants_gradient(self, views):
             return super().forward(views)
         self.check_views(views)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.trfi.joint_head.weight.dtype
+        dtype = self._dtype(kind)
         # plain tensors, not those of an inference mode: packed weights and graphs serve later calls too
         plain, float_types = torch.inference_mode(False), torch.autocast(kind, enabled=False)
         with plain, float_types, torch.no_grad(), torch.cuda.device_of(views):
             output = self._run(views if views.dtype == torch.uint8 else normalise(views).to(dtype), dtype)
-        if output is None:
-            self._runtime.explain_reference("training")
-            return super().forward(views)
-        return output
+        return super().forward(views) if output is None else output
+
+    def branch_tokens(self, views: Tensor) -> Tensor:
+        """As :meth:`sdr.model.SDRModel.branch_tokens`: all branches in one pass, with exact batch statistics."""
+        branches = self.branch_of_view()
+        if reason := self._why_reference(views, branches):
+            self._runtime.explain_reference(reason)
+            return super().branch_tokens(views)
+        kind = views.device.type
+        with torch.autocast(kind, enabled=False):
+            return GroupedPass(branches, self.grouped).tokens(views.to(self._dtype(kind)))
+
+    def _dtype(self, kind: str) -> torch.dtype:
+        """Of the convolutions: that of an enabled autocast, or of the parameters."""
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.trfi.joint_head.weight.dtype
+
+    def _why_reference(self, views: Tensor, branches: Sequence[Backbone]) -> str:
+        """Empty where branches can go through the kernels, else the reason why the plain ones run."""
+        if self.config.spatial_kernel != 1:
+            return "the kernels are for spatial_kernel 1"
+        if self.grouped.impl == "reference":
+            return "impl is reference"
+        if self.grouped.impl == "auto" and views.device.type == "cpu":
+            return "on a CPU they take less time in training, and impl='cpu' less memory"
+        if views.requires_grad:
+            return "the kernels have no gradient for the views"
+        if views.device.type not in ("cpu", "cuda"):
+            return f"there are no kernels for {views.device.type}"
+        return why_not_grouped(branches)
 
     def _run(self, views: Tensor, dtype: torch.dtype) -> SDROutput | None:
         """views: uint8, or normalised and of ``dtype``; None where a part of the model is in training."""
@@ -193,11 +219,11 @@ class _Runtime:
         if self.snapshot is not None:
             self.snapshot.finish()
 
-    def explain_reference(self, why: str) -> None:
+    def explain_reference(self, reason: str) -> None:
         """Log once for each of the reasons why the reference runs."""
-        if why not in self._explained:
-            self._explained.add(why)
-            logger.log(*WHY_REFERENCE[why])
+        if reason not in self._explained:
+            self._explained.add(reason)
+            logger.info("the reference model's branches run: %s", reason)
 
 
 def wants_gradient(model: nn.Module, x: Tensor) -> bool:

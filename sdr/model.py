@@ -50,16 +50,20 @@ class SDRModel(PretrainedMixin, nn.Module):
             ValueError: the number of views, T, H or W is not the configuration's.
         """
         self.check_views(views)
-        V = self.config.num_branches
-        views = normalise(views)
-        # a loop, not a batched pass: this is the readable definition
-        tokens = [
-            self.branches[v % len(self.branches)].tokens(views[:, v] if views.ndim == 6 else views) for v in range(V)
-        ]
-        joint = self.trfi(torch.stack(tokens, 1))
+        joint = self.trfi(self.branch_tokens(normalise(views)))
         return SDROutput(
             self.transformer(joint.tokens), joint.tokens, joint.features, joint.joint_logits, joint.loo_logits
         )
+
+    def branch_tokens(self, views: Tensor) -> Tensor:
+        """views: normalised, as :meth:`forward` takes them, to each branch's tokens, [B, V, N, C]."""
+        # a loop, not a batched pass: this is the readable definition
+        branches = enumerate(self.branch_of_view())
+        return torch.stack([b.tokens(views[:, v] if views.ndim == 6 else views) for v, b in branches], 1)
+
+    def branch_of_view(self) -> list[Backbone]:
+        """The backbone of each view: its own, or the one that is shared."""
+        return [self.branches[v % len(self.branches)] for v in range(self.config.num_branches)]
 
     def check_views(self, views: Tensor) -> None:
         """Raise ValueError unless views are as :meth:`forward` takes them."""

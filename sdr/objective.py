@@ -51,7 +51,7 @@ class Objective(nn.Module):
 def build_objective(config: TrainConfig) -> Objective:
     """Model and loss before the first update, drawn from torch's generator, on the CPU."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    norm = SyncBatchNorm3d if config.sync_batchnorm and several else nn.BatchNorm3d
+    norm = SyncBatchNorm3d if config.bn == "sync" and several else nn.BatchNorm3d
     model = start_model(config, norm)
     for backbone in filter(lambda module: isinstance(module, Backbone), model.modules()):
         backbone.recompute = config.recompute
@@ -70,7 +70,8 @@ def start_model(config: TrainConfig, norm: Callable[[int], nn.Module] = nn.Batch
     if config.architecture == "ftcn":
         model = FTCN(config.shape, norm)
     else:
-        model = (fast.SDRModel if config.implementation == "fast" else SDRModel)(config.model, norm)
+        fast_one = config.implementation == "fast"
+        model = fast.SDRModel(config.model, norm, config.grouped) if fast_one else SDRModel(config.model, norm)
     if config.init is None:
         return model
     source, _ = load_model(config.init)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from sdr.config import (
     FTCNConfig,
+    GroupedConfig,
     LossConfig,
     SDRConfig,
     TPAConfig,
@@ -30,7 +31,8 @@ class TrainConfig:
         model: shapes of the model.
         architecture: ``sdr``, or ``ftcn``: one branch and the transformer, trained by cross-entropy alone on the first
             view, the paper's baseline; ``model``'s branches and joint feature then say nothing.
-        implementation: ``reference`` is plain PyTorch, ``fast`` is :mod:`sdr.fast`; both write the same weights.
+        implementation: ``reference`` is plain PyTorch, ``fast`` is :mod:`sdr.fast`; both have the same gradients but for
+            rounding, and write the same weights.
         init: weights of an FTCN (`sdr convert`) that every branch and the transformer start from, or of a model of this
             configuration; None starts anew.
         epochs: passes over the larger class.
@@ -45,7 +47,8 @@ class TrainConfig:
         precision: ``bf16`` and ``fp16`` run convolutions and products in it (fp16 with loss scaling), in validation
             too; weights, BN statistics and losses stay float32. `sdr evaluate` computes in float32.
         strategy: of several processes: ``ddp`` keeps the model in each, ``fsdp`` a share of it.
-        sync_batchnorm: batch statistics over all processes instead of each one's own.
+        bn: statistics of the batch norms: ``batch`` is each process's own part of the batch, ``sync`` all processes',
+            ``frozen`` the running ones of ``init``, which then never change.
         recompute: keep only the input of each block and compute the rest again in the backward pass: less memory,
             about a third more time, the same numbers.
         compile: run the model through torch.compile.
@@ -58,6 +61,7 @@ class TrainConfig:
         checkpoint_every: updates from one checkpoint to the next; a validation always makes one.
         keep_last: checkpoints that are kept.
         loader: how clips are drawn from the cache, read and augmented.
+        grouped: how the implementation ``fast`` trains the branches.
         loss: weights and options of the losses.
         tpa: methods and strengths of the augmentation.
     """
@@ -76,7 +80,7 @@ class TrainConfig:
     ema: float = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    sync_batchnorm: bool = False
+    bn: Literal["batch", "sync", "frozen"] = "batch"
     recompute: bool = False
     compile: bool = False
     deterministic: bool = False
@@ -87,16 +91,21 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_last: int = 2
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    grouped: GroupedConfig = field(default_factory=GroupedConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     tpa: TPAConfig = field(default_factory=TPAConfig)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "max_bad_steps", "log_every", "checkpoint_every"):
             check_count(name, getattr(self, name))
-        for name in ("sync_batchnorm", "recompute", "compile", "deterministic"):
+        for name in ("recompute", "compile", "deterministic"):
             check_flag(name, getattr(self, name))
         check_choice("architecture", self.architecture, ("sdr", "ftcn"))
         check_choice("implementation", self.implementation, ("reference", "fast"))
+        check_choice("bn", self.bn, ("batch", "sync", "frozen"))
+        check(
+            self.bn != "frozen" or self.init is not None, "bn", "be frozen only where init brings statistics", self.bn
+        )
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_choice("strategy", self.strategy, ("ddp", "fsdp"))
         parts = 2 * self.accumulate

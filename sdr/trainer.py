@@ -32,6 +32,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.module = fabric.setup_module(build_objective(config))
         self.objective = self.module.module
+        self.norms = [m for m in self.module.modules() if isinstance(m, nn.BatchNorm3d)]
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         # fused, since that one leaves the weights alone where found_inf says so, without the host
         self.optimizer = torch.optim.Adam(self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -56,9 +57,11 @@ class Trainer:
         Returns:
             [7] float32 on the device, named by FIGURES: losses, means over parts and processes; length of the
             gradient, before it is clipped; 1 where the update was skipped.
-
         """
         self.module.train()
+        if self.config.bn == "frozen":
+            for norm in self.norms:
+                norm.eval()
         buffers = list(self.module.buffers())
         kept = [buffer.clone() for buffer in buffers]
         losses = torch.zeros(len(Losses._fields), device=self.fabric.device)

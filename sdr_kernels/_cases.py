@@ -56,9 +56,10 @@ BLOCKS = (
 
 
 def op_modules() -> list[str]:
-    """Full names of the modules of Triton kernels, one an op; importing one needs Triton."""
+    """Full names of the modules of Triton kernels that have cases; importing one needs Triton."""
     package = import_module("sdr_kernels._triton")
-    return [f"{package.__name__}.{module.name}" for module in iter_modules(package.__path__)]
+    names = (module.name for module in iter_modules(package.__path__))
+    return [f"{package.__name__}.{name}" for name in names if not name.startswith("_")]
 
 
 def cases_of(module: str, precision: str) -> Iterator[AuditCase]:

@@ -42,7 +42,7 @@ def runs(request, tmp_path_factory, cache) -> tuple[Path, dict[str, list[str]]]:
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "taken").mkdir()
     (folder / "taken/precious").touch()
-    synchronised = {"strategy": request.param, "sync_batchnorm": True}
+    synchronised = {"strategy": request.param, "bn": "sync"}
     jobs = [
         ("joint", {**synchronised, "clip_norm": 1e6}, 0, 0),
         ("whole", {"strategy": request.param, "recompute": True, "accumulate": 2}, 0, 0),
