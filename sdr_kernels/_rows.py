@@ -62,7 +62,7 @@ def _fake_norm_pool(x, scale, shift, residual, residual_scale, residual_shift, r
     return out, empty_code(out, wanted=coded)
 
 
-def _fake_row_products(x, scale, shift, d, y, code, pool, z, coef, kernel_size):
+def _fake_row_products(x, scale, shift, center, d, y, code, pool, z, coef, kernel_size):
     V, C_in, C_out = x.shape[1], x.shape[-1], d.shape[-1]
     return wide(x, V, kernel_size, C_in, C_out), wide(x, V, C_out)
 
@@ -107,18 +107,19 @@ norm_pool = register(
     "bool relu, int pool, bool coded, str impl) -> (Tensor, Tensor)",
     fake=_fake_norm_pool,
 )
-# sums over rows r of x[r + tap - k // 2] (normed, 0 outside of time) times the gradient row g[r], rounded to x's dtype:
-# [V, k, C_in, C_out]; and sums of g, [V, C_out]
+# sums over rows r of x[r + tap - k // 2] (normed, less center, 0 outside of time) times the gradient row g[r], both
+# rounded to x's dtype: [V, k, C_in, C_out]; and sums of g, [V, C_out]
 row_products = register(
     "row_products",
     "row_products",
-    f"(Tensor x, Tensor? scale, Tensor? shift, {GRADIENT}, int kernel_size, str impl) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? scale, Tensor? shift, Tensor? center, {GRADIENT}, int kernel_size, str impl) "
+    "-> (Tensor, Tensor)",
     fake=_fake_row_products,
 )
-# sums over rows of the products of normed x with itself, [V, C, C], and of normed x, [V, C]
-gram = register(
+# biased covariance over rows of normed x, [V, C, C], and its mean, [V, C]
+covariance = register(
     "row_products",
-    "gram",
+    "covariance",
     "(Tensor x, Tensor? scale, Tensor? shift, str impl) -> (Tensor, Tensor)",
     fake=lambda x, scale, shift: (wide(x, x.shape[1], x.shape[-1], x.shape[-1]), wide(x, x.shape[1], x.shape[-1])),
 )
@@ -144,10 +145,10 @@ grad_sums = register(
 )
 # The stem's rows are pixels of x, [B, V, 3, T, H, W] of any strides; a pixel's patch is its three colours at k frames,
 # 0 outside of time, in the order of weight, [V, C, 3, k].
-# Sums over pixels of the products of patches with themselves, [V, 3k, 3k], and of patches, [V, 3k]
-patch_gram = register(
+# Biased covariance over pixels of patches, [V, 3k, 3k], and their mean, [V, 3k]
+patch_covariance = register(
     "stem_training",
-    "patch_gram",
+    "patch_covariance",
     "(Tensor x, int kernel_size, str impl) -> (Tensor, Tensor)",
     fake=lambda x, k: (wide(x, x.shape[1], 3 * k, 3 * k), wide(x, x.shape[1], 3 * k)),
 )

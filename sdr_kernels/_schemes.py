@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdr_kernels._rows import conv_grad, conv_moments, conv_norm, grad_sums, gram, norm_pool, row_products
+from sdr_kernels._rows import conv_grad, conv_moments, conv_norm, covariance, grad_sums, norm_pool, row_products
 from sdr_kernels.batch_norm import Batch, Gram, Norm, NormedConv, NormGradient
 
 
@@ -35,15 +35,15 @@ class Layer(NamedTuple):
     beta: Tensor
     mean: Tensor  # [V, C_out] float64
     var: Tensor
-    products: Tensor | None = None
-    sums: Tensor | None = None
+    covariance: Tensor | None = None  # of what it reads, as :class:`Gram` has them
+    local_mean: Tensor | None = None
     input_mean: Tensor | None = None
 
     def norm(self, eps: float, frozen: bool) -> Norm:
         return Norm.of(NormedConv(self.weight, self.gamma, self.beta, eps=eps), self.mean, self.var, frozen=frozen)
 
-    def moments(self) -> Gram:
-        return Gram(pointwise(self.weight).double(), self.products, self.sums, self.input_mean)
+    def gram(self, rows: int) -> Gram:
+        return Gram(pointwise(self.weight).double(), self.covariance, self.local_mean, self.input_mean, rows)
 
 
 class Kept(NamedTuple):
@@ -143,7 +143,7 @@ class Pass:
         """
         gradient = NormGradient.of(norm, self.batch(rows_of(z)), sums)
         source = (*d, None if norm.frozen else z, gradient.coef(norm, self.wide))
-        products, _ = row_products(x, *affine, *source, layer.weight.shape[-1], self.impl)
+        products, _ = row_products(x, *affine, None, *source, layer.weight.shape[-1], self.impl)
         return source, (products.permute(0, 3, 2, 1), gradient.dgamma, gradient.dbeta)
 
     def end(
@@ -244,8 +244,9 @@ class Grams(Pass):
             mean, var = conv.running_mean.double(), conv.running_var.double()
             return Layer(weight, conv.gamma, conv.beta, mean, var)
         rows = rows_of(h)
-        moments, (mean, var) = Gram.of(pointwise(weight), *gram(h, *affine, self.impl), self.batch(rows), rows)
-        return Layer(weight, conv.gamma, conv.beta, mean, var, *moments[1:])
+        moments = Gram.of(pointwise(weight), *covariance(h, *affine, self.impl), self.batch(rows), rows)
+        mean, var = moments.moments(self.batch(rows))
+        return Layer(weight, conv.gamma, conv.beta, mean, var, moments.covariance, moments.local_mean, moments.mean)
 
     def inside(self, za: Tensor, layers: Sequence[Layer], coded: bool) -> tuple[Tensor, Tensor]:
         """relu(pool(norm(b(normed za)))), what c reads."""
@@ -276,18 +277,19 @@ class Grams(Pass):
         self, norm: Norm, layer: Layer, h: Tensor, affine: tuple, d: tuple, needs_dh: bool = True
     ) -> tuple[tuple | None, tuple[Tensor, Tensor, Tensor]]:
         """Of a pointwise layer that read normed h: conv_grad's arguments up to const, and weight, gamma, beta."""
-        moments = layer.moments()
-        products, dsums = row_products(h, *affine, *d, None, None, 1, self.impl)
+        moments = layer.gram(rows_of(h))
+        center = None if norm.frozen else moments.mean.to(self.wide)
+        products, dsums = row_products(h, *affine, center, *d, None, None, 1, self.impl)
         products = products[:, 0]
         gradient = NormGradient.of(norm, self.batch(rows_of(h)), moments.gradient_sums(norm, products, dsums))
-        dweight = moments.dweight(norm, gradient, products).transpose(-1, -2)[..., None]
+        dweight = moments.dweight(gradient, products, dsums).transpose(-1, -2)[..., None]
         grads = (dweight, gradient.dgamma, gradient.dbeta)
         if not needs_dh:
             return None, grads
         weight, matrix, const = moments.dinput(gradient)
         second = (None, None, None)
         if not norm.frozen:
-            second = (matrix.to(self.dtype), layer.input_mean.to(self.wide), const.to(self.wide))
+            second = (matrix.to(self.dtype), center, const.to(self.wide))
         size = h.shape[2:5]
         return (*d, None, None, size, weight[:, None].to(self.dtype), h, *affine, *second), grads
 

@@ -122,33 +122,48 @@ class NormGradient(NamedTuple):
 
 
 class Gram(NamedTuple):
-    """Second and first moments of a pointwise convolution's input h, from which z = h @ weight needs no rows."""
+    """Moments of what a pointwise convolution reads, h, from which those of z = h @ weight need no rows."""
 
-    weight: Tensor  # [V, C_in, C_out], float64, as rounded for the product
-    products: Tensor  # [V, C_in, C_in], sums over this process's rows
-    sums: Tensor  # [V, C_in]
-    mean: Tensor  # [V, C_in], of h over all processes
+    weight: Tensor  # [V, C_in, C_out], float64, of the values that rows are multiplied with
+    covariance: Tensor | None = None  # [V, C_in, C_in], of this process's rows; none where the norm is frozen
+    local_mean: Tensor | None = None  # [V, C_in], of this process's rows
+    mean: Tensor | None = None  # [V, C_in], of all processes' rows
+    rows: int = 0  # of this process
 
     @classmethod
-    def of(cls, weight: Tensor, products: Tensor, sums: Tensor, batch: Batch, rows: int) -> "tuple[Gram, Tensor]":
-        """The Gram and z's moments over all processes, [2, V, C_out]; rows: of this process."""
-        weight = weight.double()
-        mean = sums / rows
-        covariance = products / rows - mean[..., :, None] * mean[..., None, :]
-        local = torch.stack([(mean[:, None] @ weight)[:, 0], (covariance @ weight * weight).sum(1).clamp(min=0)], 1)
-        return cls(weight, products, sums, batch.total(sums) / batch.rows), torch.stack(batch.moments(local))
+    def of(cls, weight: Tensor, covariance: Tensor, local_mean: Tensor, batch: Batch, rows: int) -> "Gram":
+        mean = batch.total(local_mean) * (rows / batch.rows)
+        return cls(weight.double(), covariance, local_mean, mean, rows)
+
+    def moments(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """z's mean and biased variance over all processes, [V, C_out]."""
+        var = (self.covariance @ self.weight * self.weight).sum(1).clamp(min=0)
+        return batch.moments(torch.stack([(self.local_mean[:, None] @ self.weight)[:, 0], var], 1))
 
     def gradient_sums(self, norm: Norm, products: Tensor, dsums: Tensor) -> Tensor:
-        """NormGradient's sums from the sums of h times the gradient, [V, C_in, C_out], and of the gradient."""
-        return torch.stack([dsums, (self.weight * products).sum(1) - norm.mean * dsums], 1)
+        """NormGradient's sums.
 
-    def dweight(self, norm: Norm, gradient: NormGradient, products: Tensor) -> Tensor:
-        """Of the weight, [V, C_in, C_out]."""
-        if norm.frozen:
-            return gradient.factor[:, None] * products
-        z_products = self.products @ self.weight - self.sums[..., None] * norm.mean[:, None]  # of h and z - mean
-        dz = gradient.factor[:, None] * products + self.sums[..., None] * gradient.offset[:, None]
-        return dz + gradient.slope[:, None] * z_products
+        Args:
+            norm: of z.
+            products: [V, C_in, C_out], sums of h - mean, or of h where the norm is frozen, times the gradient.
+            dsums: [V, C_out], of the gradient.
+        """
+        centered = (self.weight * products).sum(1)
+        return torch.stack([dsums, centered - norm.mean * dsums if norm.frozen else centered], 1)
+
+    def dweight(self, gradient: NormGradient, products: Tensor, dsums: Tensor) -> Tensor:
+        """Of the weight, [V, C_in, C_out]; arguments as :meth:`gradient_sums`'."""
+        through = gradient.factor[:, None] * products
+        if self.covariance is None:
+            return through
+        off = self.local_mean - self.mean  # 0 but for one process of several
+        z_off = self.rows * (off[:, None] @ self.weight)[:, 0]  # sum of z - mean
+        z_products = (
+            self.rows * (self.covariance @ self.weight) + off[..., None] * z_off[:, None]
+        )  # of h - mean, z - mean
+        dz = gradient.factor * dsums + gradient.slope * z_off + gradient.offset * self.rows  # sums of z's gradient
+        shifts = self.rows * off[..., None] * gradient.offset[:, None] + self.mean[..., None] * dz[:, None]
+        return through + gradient.slope[:, None] * z_products + shifts
 
     def dinput(self, gradient: NormGradient) -> tuple[Tensor, Tensor, Tensor]:
         """h's gradient is du @ the first, [V, C_out, C_in], + (h - mean) @ the second, [V, C_in, C_in], + the third."""

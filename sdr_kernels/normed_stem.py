@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdr_kernels._ops import check_floating, differentiable_once, needs_gradient, select_impl
-from sdr_kernels._rows import patch_gram, stem_max, stem_products
+from sdr_kernels._rows import patch_covariance, stem_max, stem_products
 from sdr_kernels.batch_norm import (
     Batch,
     Gram,
@@ -45,13 +45,15 @@ class _NormedStem(torch.autograd.Function):
         batch = Batch.of(x[:, 0, 0].numel(), group)
         if frozen:
             mean, var = conv.running_mean.double(), conv.running_var.double()
-            moments = (None, None, None)
+            kept = (None, None, None)
         else:
-            found = patch_gram(x, weight.shape[-1], impl)
-            (_, *moments), (mean, var) = Gram.of(by_patch(weight), *found, batch, x[:, 0, 0].numel())
+            found = patch_covariance(x, weight.shape[-1], impl)
+            gram = Gram.of(by_patch(weight), *found, batch, x[:, 0, 0].numel())
+            mean, var = gram.moments(batch)
+            kept = gram.covariance, gram.local_mean, gram.mean
         affine = Norm.of(conv, mean, var).affine(torch.promote_types(x.dtype, torch.float32))
         y, code = stem_max(x, weight, *affine, impl)
-        ctx.save_for_backward(x, y, code, weight, conv.gamma, conv.beta, mean, var, *moments)
+        ctx.save_for_backward(x, y, code, weight, conv.gamma, conv.beta, mean, var, *kept)
         ctx.options = eps, frozen, batch, impl, [None if t is None else t.dtype for t in tensors]
         out = y.movedim(-1, 2), mean.clone(), var.clone()
         ctx.mark_non_differentiable(*out[1:])
@@ -60,15 +62,17 @@ class _NormedStem(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, dout, _mean, _var):
-        x, y, code, weight, gamma, beta, mean, var, *moments = ctx.saved_tensors
+        x, y, code, weight, gamma, beta, mean, var, *kept = ctx.saved_tensors
         eps, frozen, batch, impl, dtypes = ctx.options
         dy = dout.movedim(2, -1).contiguous()
         products, dsums = stem_products(x, dy, y, code, weight.shape[-1], impl)
         products = products.transpose(-1, -2)
+        if not frozen:
+            products = products - kept[2][..., None] * dsums[:, None]  # as of patches less their mean
         norm = Norm.of(NormedConv(weight, gamma, beta, eps=eps), mean, var, frozen=frozen)
-        gram = Gram(by_patch(weight).double(), *moments)
+        gram = Gram(by_patch(weight).double(), *kept, x[:, 0, 0].numel())
         gradient = NormGradient.of(norm, batch, gram.gradient_sums(norm, products, dsums))
-        dweight = gram.dweight(norm, gradient, products).transpose(-1, -2).unflatten(-1, (3, -1))
+        dweight = gram.dweight(gradient, products, dsums).transpose(-1, -2).unflatten(-1, (3, -1))
         gradients = dweight, gradient.dgamma, gradient.dbeta
         return None, None, None, None, None, *(g.to(d) for g, d in zip(gradients, dtypes, strict=False)), None, None
 

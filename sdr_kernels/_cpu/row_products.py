@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
-from sdr_kernels._cpu.rows import flat, gradient_rows, normed, shifted, widen
+from sdr_kernels._cpu.rows import flat, gradient_rows, normed, per_channel, shifted, widen
 
 
 def products(x: Tensor, g: Tensor) -> Tensor:
-    """[B, V, T, H, W, K] and [B, V, T, H, W, N] to [V, K, N], each clip's in float32 or wider."""
-    return (flat(widen(x)).transpose(-1, -2) @ flat(widen(g))).sum(0, dtype=torch.float64)
+    """[B, V, T, H, W, K] and [B, V, T, H, W, N] to [V, K, N], float64."""
+    # in float64 too: the differences that statistics are made of would show a float32 sum
+    return (flat(x.double()).transpose(-1, -2) @ flat(g.double())).sum(0)
 
 
 def row_products(
     x: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    center: Tensor | None,
     d: Tensor,
     y: Tensor | None,
     code: Tensor | None,
@@ -24,12 +26,16 @@ def row_products(
     kernel_size: int,
 ) -> tuple[Tensor, Tensor]:
     x = normed(x, scale, shift)
+    if center is not None:
+        x = (widen(x) - per_channel(center)).to(x.dtype)
     g = gradient_rows(d, y, code, pool, z, coef, size=x.shape[2:5])
     sums = g.sum((0, 2, 3, 4), dtype=torch.float64)
     g = g.to(x.dtype)
     return torch.stack([products(shifted(x, tap, kernel_size), g) for tap in range(kernel_size)], 1), sums
 
 
-def gram(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+def covariance(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     x = normed(x, scale, shift)
-    return products(x, x), x.sum((0, 2, 3, 4), dtype=torch.float64)
+    rows = x[:, 0, ..., 0].numel()
+    mean = x.sum((0, 2, 3, 4), dtype=torch.float64) / rows
+    return products(x, x) / rows - mean[..., :, None] * mean[..., None, :], mean

@@ -15,15 +15,15 @@ def _patches(x: Tensor, kernel_size: int) -> Tensor:
     return torch.stack(taps, 3).flatten(2, 3)
 
 
-def patch_gram(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
-    V = x.shape[1]
-    gram = x.new_zeros((V, 3 * kernel_size, 3 * kernel_size), dtype=torch.float64)
-    sums = x.new_zeros((V, 3 * kernel_size), dtype=torch.float64)
+def patch_covariance(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    V, rows = x.shape[1], x[:, 0, 0].numel()
+    products = x.new_zeros((V, 3 * kernel_size, 3 * kernel_size), dtype=torch.float64)
+    mean = x.new_zeros((V, 3 * kernel_size), dtype=torch.float64)
     for clip in x:  # one at a time: patches are k times the clip
-        patches = _patches(clip[None], kernel_size)[0].flatten(2)  # [V, 3k, T * H * W]
-        gram += patches @ patches.transpose(-1, -2)
-        sums += patches.sum(-1, dtype=torch.float64)
-    return gram, sums
+        patches = _patches(clip[None], kernel_size)[0].flatten(2).double()  # [V, 3k, T * H * W]
+        products += patches @ patches.transpose(-1, -2) / rows
+        mean += patches.sum(-1) / rows
+    return products - mean[..., :, None] * mean[..., None, :], mean
 
 
 def stem_max(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
