@@ -86,7 +86,10 @@ class SDRModel(reference.SDRModel):
         """
         kind = views.device.type
         folds = kind in ("cpu", "cuda") and self.config.spatial_kernel == 1
-        if not folds or self.training or wants_gradient(self, views):
+        if not folds or self.training:
+            return super().forward(views)
+        if wants_gradient(self, views):
+            self._runtime.log(logging.WARNING, "gradients are enabled: torch.inference_mode() is faster")
             return super().forward(views)
         self.check_views(views)
         dtype = self._dtype(kind)
@@ -100,7 +103,7 @@ class SDRModel(reference.SDRModel):
         """As :meth:`sdr.model.SDRModel.branch_tokens`: all branches in one pass, with exact batch statistics."""
         branches = self.branch_of_view()
         if reason := self._why_reference(views, branches):
-            self._runtime.explain_reference(reason)
+            self._runtime.log(logging.INFO, f"plain PyTorch runs the branches: {reason}")
             return super().branch_tokens(views)
         kind = views.device.type
         with torch.autocast(kind, enabled=False):
@@ -202,7 +205,7 @@ class _Runtime:
     def __init__(self) -> None:
         self.snapshot: _Snapshot | None = None
         self._lock = threading.Lock()
-        self._explained: set[str] = set()
+        self._logged: set[str] = set()
 
     def __reduce__(self):
         return _Runtime, ()
@@ -219,11 +222,11 @@ class _Runtime:
         if self.snapshot is not None:
             self.snapshot.finish()
 
-    def explain_reference(self, reason: str) -> None:
-        """Log once for each of the reasons why the reference runs."""
-        if reason not in self._explained:
-            self._explained.add(reason)
-            logger.info("the reference model's branches run: %s", reason)
+    def log(self, level: int, message: str) -> None:
+        """Log a message once."""
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.log(level, message)
 
 
 def wants_gradient(model: nn.Module, x: Tensor) -> bool:

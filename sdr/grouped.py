@@ -124,7 +124,6 @@ class GroupedPass:
         block = NormedBottleneck(**convs, pool=isinstance(peers[0].pool, nn.MaxPool3d), time_pool=time_pool)
         return normed_bottleneck(x, block, scheme=self.options.scheme, bn=self.bn, impl=self.options.impl)
 
-    @torch.no_grad()
     def update_running(self) -> None:
         """As PyTorch does: by momentum, the variance unbiased; a norm that stands for several views follows each."""
         if not self.seen:
@@ -132,9 +131,10 @@ class GroupedPass:
         sizes = [statistics.mean.shape[1] for _, statistics in self.seen]
         means = torch.cat([s.mean for _, s in self.seen], 1)  # [V, C of all norms]
         variances = torch.cat([s.var * (s.rows / (s.rows - 1)) for _, s in self.seen], 1)
-        for v in range(len(self.branches)):
-            norms = [norms[v] for norms, _ in self.seen]
-            buffers = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-            values = torch.stack([means[v], variances[v]]).to(buffers[0].dtype)
-            torch._foreach_lerp_(buffers, [part for row in values for part in row.split(sizes)], norms[0].momentum)
-            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        with torch.no_grad():
+            for v in range(len(self.branches)):
+                norms = [norms[v] for norms, _ in self.seen]
+                buffers = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+                values = torch.stack([means[v], variances[v]]).to(buffers[0].dtype)
+                torch._foreach_lerp_(buffers, [part for row in values for part in row.split(sizes)], norms[0].momentum)
+                torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)

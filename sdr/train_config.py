@@ -31,8 +31,8 @@ class TrainConfig:
         model: shapes of the model.
         architecture: ``sdr``, or ``ftcn``: one branch and the transformer, trained by cross-entropy alone on the first
             view, the paper's baseline; ``model``'s branches and joint feature then say nothing.
-        implementation: ``reference`` is plain PyTorch, ``fast`` is :mod:`sdr.fast`; both have the same gradients but for
-            rounding, and write the same weights.
+        implementation: ``reference`` is plain PyTorch, ``fast`` is :mod:`sdr.fast`; they differ by rounding alone and
+            write the same weights.
         init: weights of an FTCN (`sdr convert`) that every branch and the transformer start from, or of a model of this
             configuration; None starts anew.
         epochs: passes over the larger class.

@@ -281,8 +281,9 @@ class Grams(Pass):
         center = None if norm.frozen else moments.mean.to(self.wide)
         products, dsums = row_products(h, *affine, center, *d, None, None, 1, self.impl)
         products = products[:, 0]
-        gradient = NormGradient.of(norm, self.batch(rows_of(h)), moments.gradient_sums(norm, products, dsums))
-        dweight = moments.dweight(gradient, products, dsums).transpose(-1, -2)[..., None]
+        batch = self.batch(rows_of(h))
+        gradient = NormGradient.of(norm, batch, moments.gradient_sums(norm, products, dsums))
+        dweight = moments.dweight(gradient, batch, products, dsums).transpose(-1, -2)[..., None]
         grads = (dweight, gradient.dgamma, gradient.dbeta)
         if not needs_dh:
             return None, grads

@@ -151,19 +151,20 @@ class Gram(NamedTuple):
         centered = (self.weight * products).sum(1)
         return torch.stack([dsums, centered - norm.mean * dsums if norm.frozen else centered], 1)
 
-    def dweight(self, gradient: NormGradient, products: Tensor, dsums: Tensor) -> Tensor:
+    def dweight(self, gradient: NormGradient, batch: Batch, products: Tensor, dsums: Tensor) -> Tensor:
         """Of the weight, [V, C_in, C_out]; arguments as :meth:`gradient_sums`'."""
         through = gradient.factor[:, None] * products
         if self.covariance is None:
             return through
-        off = self.local_mean - self.mean  # 0 but for one process of several
-        z_off = self.rows * (off[:, None] @ self.weight)[:, 0]  # sum of z - mean
-        z_products = (
-            self.rows * (self.covariance @ self.weight) + off[..., None] * z_off[:, None]
-        )  # of h - mean, z - mean
+        through = through + gradient.slope[:, None] * self.rows * (self.covariance @ self.weight)
+        if batch.group is None:
+            return through
+        # the means of one process's rows are not the batch's, nor do its gradients of z sum to 0
+        off = self.local_mean - self.mean
+        z_off = self.rows * (off[:, None] @ self.weight)[:, 0]  # sums of z - mean
         dz = gradient.factor * dsums + gradient.slope * z_off + gradient.offset * self.rows  # sums of z's gradient
-        shifts = self.rows * off[..., None] * gradient.offset[:, None] + self.mean[..., None] * dz[:, None]
-        return through + gradient.slope[:, None] * z_products + shifts
+        shift = gradient.slope * z_off + self.rows * gradient.offset
+        return through + off[..., None] * shift[:, None] + self.mean[..., None] * dz[:, None]
 
     def dinput(self, gradient: NormGradient) -> tuple[Tensor, Tensor, Tensor]:
         """h's gradient is du @ the first, [V, C_out, C_in], + (h - mean) @ the second, [V, C_in, C_in], + the third."""

@@ -72,7 +72,7 @@ class _NormedStem(torch.autograd.Function):
         norm = Norm.of(NormedConv(weight, gamma, beta, eps=eps), mean, var, frozen=frozen)
         gram = Gram(by_patch(weight).double(), *kept, x[:, 0, 0].numel())
         gradient = NormGradient.of(norm, batch, gram.gradient_sums(norm, products, dsums))
-        dweight = gram.dweight(gradient, products, dsums).transpose(-1, -2).unflatten(-1, (3, -1))
+        dweight = gram.dweight(gradient, batch, products, dsums).transpose(-1, -2).unflatten(-1, (3, -1))
         gradients = dweight, gradient.dgamma, gradient.dbeta
         return None, None, None, None, None, *(g.to(d) for g, d in zip(gradients, dtypes, strict=False)), None, None
 
