@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sdr import SDRModel
 from sdr.ftcn import Backbone, Bottleneck
+from sdr.model import SDROutput
 
 LIMIT_S = 3.0  # of one measurement
 COMPILE_S = 40.0  # not begun with less time left
@@ -32,9 +33,9 @@ class ChannelsLast(nn.Module):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last_3d)
 
-    def forward(self, views: Tensor) -> Tensor:
+    def forward(self, views: Tensor) -> SDROutput:
         """views: [B, V, 3, T, H, W], of which each branch's slice is channels_last_3d."""
-        return self.model(views).logits
+        return self.model(views)
 
 
 def branch_major(views: Tensor, *, channels_last: bool) -> Tensor:

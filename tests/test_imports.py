@@ -19,7 +19,7 @@ LAYERS = [
     {"transformer", "faces", "datasets", "dali", "model_card", "published"},
     {"ftcn", "trfi", "frame_lists", "deepfakebench", "synth_layouts", "clip_cache"},
     {"model", "graphs", "layouts", "synth", "cache_check", "shortcut"},
-    {"packing", "losses", "checkpoint", "loading", "evaluate", "cutting"},
+    {"packing", "grouped", "losses", "checkpoint", "loading", "evaluate", "cutting"},
     {"fast", "prepare", "train_config", "checkpoints"},
     {"study_config"},
     {"engine", "objective", "training_report", "score"},
@@ -57,7 +57,7 @@ DATA = {
     "frame_lists",
     "synth_layouts",
 }
-MODEL = {"transformer", "ftcn", "trfi", "model", "packing", "fast", "losses", "checkpoint", "train", "score"}
+MODEL = {"transformer", "ftcn", "trfi", "model", "packing", "grouped", "fast", "losses", "checkpoint", "train", "score"}
 MODEL |= {"hub", "evaluate", "objective", "engine", "trainer", "train_config", "model_card"}
 BASE = {"torch", "numpy", "sdr", "sdr_kernels"}
 WORKER = {"av"}  # run as a script of its own

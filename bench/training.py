@@ -1,0 +1,166 @@
+"""Step "training": a step of the fast model in both schemes, what memory it takes, and eager and compiled peers."""
+
+import copy
+import gc
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from ceilings import measure
+from correctness import ALLOWED, relative_error
+from inputs import random_model, random_views
+from ledger import Ledger
+from machine import Machine
+from peers import ChannelsLast, branch_major
+from torch import Tensor, nn
+
+from sdr import SDRLoss, SDRModel
+from sdr.config import GroupedConfig
+from sdr.fast import SDRModel as FastSDRModel
+
+CLIPS = 16  # of 4 branches: the paper's batch
+MOST_CLIPS = 256
+LIMIT_S = 3.0  # of one measurement
+COMPILE_S = 30.0  # not begun with less time left
+SCHEMES = ("gram", "fused")
+
+Step = Callable[[], None]
+
+
+def training_step(model: nn.Module, views: Tensor, machine: Machine) -> Step:
+    """Forward, losses and backward as the trainer runs them in bfloat16; the optimiser is everyone's and left out."""
+    labels = torch.arange(len(views), device=machine.device) % 2
+    loss = SDRLoss()
+
+    def step() -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            with torch.autocast(machine.device.type, machine.half, enabled=machine.half != torch.float32):
+                output = model(views)
+            loss(output, labels).total.backward()
+            model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def time_step(build: Callable[[], nn.Module], views: Callable[[int], Tensor], clips: int, machine: Machine) -> dict:
+    """Seconds, clips per second and peak memory of as many clips as fit, halved until they do."""
+    while True:
+        machine.release()
+        try:
+            step = training_step(build(), views(clips), machine)
+            if machine.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            result = measure(step, machine.device, limit_s=LIMIT_S)
+        except torch.OutOfMemoryError:
+            step = None
+            gc.collect()
+            if clips == 1:
+                raise
+            clips //= 2
+            continue
+        peak = torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else 0
+        return {"clips": clips, "clips_per_s": clips / result["median_s"], "peak_bytes": peak, **result}
+
+
+def peak_bytes(model: nn.Module, views: Tensor, machine: Machine) -> int:
+    """Of one step."""
+    machine.release()
+    step = training_step(model, views, machine)
+    step()
+    if machine.device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
+def largest_batch(model: nn.Module, views: Callable[[int], Tensor], machine: Machine) -> dict[str, int]:
+    """Clips, doubled until they do not fit, and what each adds to the peak between the two largest that do."""
+    peaks: dict[int, int] = {}
+    clips, most = machine.scaled(CLIPS // 2, 1), machine.scaled(MOST_CLIPS, 2)
+    while clips <= most:
+        try:
+            peaks[clips] = peak_bytes(model, views(clips), machine)
+        except torch.OutOfMemoryError:
+            break
+        clips *= 2
+    *_, few, many = peaks
+    return {"clips": many, "bytes_per_clip": (peaks[many] - peaks[few]) // (many - few), "peak_bytes": peaks[many]}
+
+
+def gradients(model: nn.Module, views: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():
+        with torch.autocast(views.device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
+            output = model(views)
+        SDRLoss()(output, torch.arange(len(views), device=views.device) % 2).total.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def check_gradients(scheme: str, machine: Machine) -> dict[str, object]:
+    """Errors of a step's gradients against float64, in units of those of eager in the same dtype.
+
+    The median over parameters of the model at full width on small clips, which float64 can hold.
+    """
+    config = machine.configs()["ftcn_released"]
+    config = type(config)(**{**vars(config), "image_size": 32, "num_frames": 8, "dropout": 0.0})
+    model = random_model(config, machine.device).train()
+    views = random_views(config, 4, machine.device)
+    fast = FastSDRModel.from_reference(model)
+    fast.grouped = GroupedConfig(scheme=scheme, impl="triton")
+    found, eager = (gradients(m, views, machine.half) for m in (fast, model))
+    exact = gradients(copy.deepcopy(model).double(), views.double(), torch.float64)
+    ratios = [
+        relative_error(found[name], truth) / relative_error(eager[name], truth)
+        for name, truth in exact.items()
+        if truth.count_nonzero() > 0
+    ]
+    median = torch.tensor(ratios).median().item()
+    return {"median": median, "largest": max(ratios), "passed": median <= ALLOWED}
+
+
+def reference(machine: Machine) -> SDRModel:
+    return random_model(machine.configs()["ftcn_released"], machine.device).train()
+
+
+def fast(scheme: str, machine: Machine) -> FastSDRModel:
+    model = FastSDRModel.from_reference(reference(machine))
+    model.grouped = GroupedConfig(scheme=scheme, impl="triton")
+    return model
+
+
+def compiled(machine: Machine) -> SDRModel:
+    """torch.compile over every branch's backbone, which share their code, and over what follows them."""
+    model = reference(machine)
+    for part in (*model.branches, model.trfi, model.transformer):
+        part.compile(backend="eager" if machine.rehearsal else "inductor", dynamic=False)
+    return model
+
+
+def run(ledger: Ledger, machine: Machine) -> None:
+    """Enter gradients' errors, our steps, the memory of a clip, then the peers', and how many checks failed."""
+    if machine.rehearsal:
+        os.environ["TRITON_INTERPRET"] = "1"  # before a launcher imports Triton
+    config, clips = machine.configs()["ftcn_released"], machine.scaled(CLIPS, 2)
+
+    def views(count: int, *, channels_last: bool = True) -> Tensor:
+        return branch_major(random_views(config, count, machine.device, machine.half), channels_last=channels_last)
+
+    ledger.put("failed", len(SCHEMES))  # until all have run
+    checks = [ledger.attempt(f"gradients {s}", partial(check_gradients, s, machine)) for s in SCHEMES]
+    ledger.put("failed", sum(not (isinstance(check, dict) and check["passed"]) for check in checks))
+    for scheme in SCHEMES:
+        timed = partial(time_step, partial(fast, scheme, machine), views, clips, machine)
+        ledger.attempt(f"step {scheme}", timed, needs_s=LIMIT_S)
+    for scheme in SCHEMES:
+        ledger.attempt(f"memory {scheme}", lambda scheme=scheme: largest_batch(fast(scheme, machine), views, machine))
+    planar = partial(views, channels_last=False)
+    peers = {
+        "eager bf16 NCTHW": (partial(reference, machine), planar, LIMIT_S),
+        "eager bf16 channels_last_3d": (lambda: ChannelsLast(reference(machine)), views, LIMIT_S),
+        "torch.compile default bf16": (partial(compiled, machine), planar, COMPILE_S),
+    }
+    for name, (build, inputs, needs_s) in peers.items():
+        ledger.attempt(f"peer {name}", partial(time_step, build, inputs, clips, machine), needs_s=needs_s)
