@@ -89,7 +89,7 @@ class SDRModel(reference.SDRModel):
         if not folds or self.training:
             return super().forward(views)
         if wants_gradient(self, views):
-            self._runtime.log(logging.WARNING, "gradients are enabled: torch.inference_mode() is faster")
+            self._runtime.log(logging.WARNING, "gradients are enabled, so nothing is folded: use torch.inference_mode()")
             return super().forward(views)
         self.check_views(views)
         dtype = self._dtype(kind)

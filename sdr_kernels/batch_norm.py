@@ -204,7 +204,7 @@ def check_normed(name: str, conv: NormedConv, x: Tensor, rows: int, bn: str) -> 
             check_shape(f"{name}'s {field}", value, shape, "[V, C_out]")
         elif bn == "frozen":
             raise ValueError(f"{name}'s {field} must be given where bn is frozen")
-    if bn != "frozen" and rows < 2:
+    if rows < (1 if bn == "frozen" else 2):
         raise ValueError(f"{name} must put out more than one row to take statistics of, got {list(x.shape)} for x")
 
 

@@ -14,6 +14,7 @@ import torch
 from train_runs import config, model
 
 from sdr.clip_cache import ClipCache
+from sdr.config import GroupedConfig
 from sdr.engine import processes
 from sdr.errors import SDRError
 from sdr.terminal import leave_processes
@@ -41,6 +42,8 @@ def main(cache: str, folder: str, jobs: str) -> None:
         updates, guarded.bad_update = iter(range(1, 10**6)), bad_update
         asked = iter(range(1, 10**6))
         stop = lambda asked=asked, last=stop_after: processes().rank == 1 and next(asked) == last  # noqa: E731
+        if "grouped" in fields:
+            fields["grouped"] = GroupedConfig(**fields["grouped"])
         settings = config(model=model(dropout=0.0), ema=0.5, **fields)
         try:
             said = (

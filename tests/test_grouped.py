@@ -265,15 +265,6 @@ def test_norms_that_no_kernel_has_run_plainly_and_it_is_said_once(change, reason
     assert [record.message.partition(": ")[2].startswith(reason) for record in caplog.records] == [True]
 
 
-def test_on_a_cpu_auto_is_the_plain_model(caplog):
-    model = without_dropout(random_model(CONFIGS["tiny"])).train()
-    fast, views = fast_copy(model), random_views(model.config, batch=2)
-    with caplog.at_level(logging.INFO, "sdr.fast"):
-        found, expected = gradients(fast, views), gradients(model, views)
-    assert all(torch.equal(value, expected[name]) for name, value in found.items())
-    assert "on a CPU they take less time in training, and impl='cpu' less memory" in caplog.text
-
-
 def test_a_synchronised_norm_asks_for_processes():
     fast = SDRModel(CONFIGS["tiny"], SyncBatchNorm3d, GroupedConfig(impl="cpu")).train()
     with pytest.raises(ValueError, match=r"bn must not be 'sync' before torch\.distributed is initialised"):

@@ -11,14 +11,14 @@ from sdr_kernels import NormedBottleneck, normed_bottleneck
 SCHEMES = ["gram", "fused"]
 # B, V, C_in, inner, C_out, k, T, H, W, pool, branch1, time_pool: every kind of block, on and off the block sizes
 SHAPES = [
-    (2, 2, 16, 8, 16, 3, 4, 3, 5, False, False, False),
-    (1, 4, 12, 3, 12, 3, 5, 2, 3, False, False, True),
-    (2, 1, 8, 5, 20, 3, 6, 3, 2, False, True, True),
-    (1, 8, 7, 4, 16, 1, 3, 2, 2, False, True, False),
-    (1, 2, 9, 6, 18, 3, 2, 5, 7, True, True, False),
+    (2, 2, 16, 8, 16, 3, 3, 2, 3, False, False, False),
+    (1, 2, 12, 4, 12, 3, 5, 2, 3, False, False, True),
+    (2, 1, 8, 5, 20, 3, 4, 3, 2, False, True, True),
+    (1, 8, 7, 4, 16, 1, 2, 2, 3, False, True, False),
+    (1, 2, 9, 6, 18, 3, 2, 5, 4, True, True, False),
     (3, 1, 33, 17, 33, 5, 1, 4, 3, False, False, False),
-    (1, 1, 5, 2, 8, 3, 64, 2, 2, True, True, False),
-    (2, 3, 24, 65, 40, 3, 3, 2, 4, True, True, False),
+    (1, 1, 5, 4, 8, 3, 64, 2, 2, True, True, False),
+    (1, 1, 24, 65, 40, 3, 3, 2, 4, True, True, False),
 ]
 
 
@@ -48,7 +48,7 @@ def test_errs_like_eager(shape, scheme, impl, dtype, device):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]], ids=str)
 def test_frozen_errs_like_eager(shape, scheme, impl, dtype, device):
     make = partial(make_inputs, shape, device, dtype)
     assert_errs_like_eager(normed_bottleneck, make, {"scheme": scheme, "impl": impl, "bn": "frozen"})
@@ -68,7 +68,7 @@ def test_constant_channels(scheme, impl, dtype, device):
 
     def make():
         # a small gamma, or gradients, 316 times larger through each norm of variance 0, pass float16 in eager too
-        x, block = make_inputs((2, 2, 16, 8, 16, 3, 4, 3, 5, False, True, False), device, dtype, gamma=0.1)
+        x, block = make_inputs((2, 2, 16, 8, 16, 3, 3, 2, 3, False, True, False), device, dtype, gamma=0.1)
         with torch.no_grad():
             x[:, :, ::2] = torch.randn(8, 1, 1, 1, device=device).to(dtype)
             block.a.weight[:, ::2] = 0
@@ -83,7 +83,7 @@ def test_statistics_are_of_the_batch(impl, device):
     """Means and variances as PyTorch's batch norm finds them, over clips, frames and positions, with their rows."""
     x, block = make_inputs(SHAPES[4], device)
     found = normed_bottleneck(x, block, impl=impl).statistics
-    assert [each.rows for each in found] == [2 * 5 * 7, 2 * 5 * 7, 2 * 2 * 3, 2 * 5 * 7]
+    assert [each.rows for each in found] == [2 * 5 * 4, 2 * 5 * 4, 2 * 2 * 2, 2 * 5 * 4]
     z = torch.einsum("bvithw,voi->vobthw", x.double(), block.branch1.weight[..., 0].double()).flatten(2)
     torch.testing.assert_close(found[3].mean, z.mean(-1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[3].var, z.var(-1, correction=0), rtol=1e-5, atol=1e-6)

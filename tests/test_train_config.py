@@ -37,6 +37,8 @@ def test_presets_train_the_model_of_their_name():
         ({"compile": 1}, "compile must be true or false"),
         ({"architecture": "ftcn", "implementation": "fast"}, "implementation must be reference for ftcn"),
         ({"compile": True, "recompute": True}, "compile must be false with recompute"),
+        ({"bn": "frozen"}, "bn must be frozen only where init brings statistics"),
+        ({"bn": "none"}, "bn must be one of batch, sync, frozen"),
         ({"compile": True, "implementation": "fast"}, "compile must be false with recompute and with"),
         ({"strategy": "fsdp", "precision": "fp16"}, "precision must be bf16 or fp32 for fsdp"),
     ],

@@ -15,6 +15,7 @@ from train_runs import config, model
 from sdr import FTCN, LossConfig, SDRError, SDRModel, fast
 from sdr.checkpoint import WeightsInfo, save_weights
 from sdr.clip_cache import ClipCache
+from sdr.config import GroupedConfig
 from sdr.engine import make_fabric
 from sdr.loading import Batch, LoaderConfig, TrainingLoader
 from sdr.train_config import TrainConfig
@@ -247,6 +248,42 @@ def test_fast_and_reference_start_from_the_same_weights():
     one, other = trainer().objective.model, trainer(implementation="fast").objective.model
     assert (type(one), type(other)) == (SDRModel, fast.SDRModel)
     assert_same(one.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("scheme", ["gram", "fused"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_grouped_branches_train_like_the_reference(data, scheme, precision):
+    """Six updates from the same weights and dropout, in fp16 with loss scaling; then one that is not finite."""
+    parts = batches(data, 6)
+    grouped = GroupedConfig(scheme=scheme, impl="cpu")
+    plain, fast_one = (
+        trainer(implementation=name, grouped=grouped, precision=precision) for name in ("reference", "fast")
+    )
+    torch.manual_seed(1)
+    expected = run(plain, parts)
+    torch.manual_seed(1)
+    found = run(fast_one, parts)
+    rel = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}[precision]
+    assert [row["total"] for row in found] == pytest.approx([row["total"] for row in expected], rel=rel)
+    before = state(fast_one)
+    broken = parts[0]._replace(views=parts[0].views.float() * float("nan"))
+    assert run(fast_one, [broken])[0]["skipped"] == 1
+    assert_same(before, {name: value for name, value in state(fast_one).items()})
+
+
+def test_frozen_norms_never_move(data, tmp_path):
+    """Neither statistics nor what they do: with both implementations, which train alike."""
+    torch.manual_seed(9)
+    save_weights(tmp_path / "sdr.safetensors", SDRModel(model()), WeightsInfo())
+    settings = {"bn": "frozen", "init": str(tmp_path / "sdr.safetensors"), "grouped": GroupedConfig(impl="cpu")}
+    found = []
+    for implementation in ("reference", "fast"):
+        one = trainer(implementation=implementation, **settings)
+        before = [buffer.clone() for buffer in one.objective.model.buffers()]
+        torch.manual_seed(1)
+        found.append([row["total"] for row in run(one, batches(data, 3))])
+        assert all(torch.equal(a, b) for a, b in zip(before, one.objective.model.buffers(), strict=True))
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def test_starts_from_ftcn_weights(tmp_path):
