@@ -20,6 +20,8 @@ GPU_ORDER = {
     "sdr_loss": ("triton", "cuda"),  # not measured yet
     "temporal_conv3d": ("triton", "cuda"),  # not measured yet
 }
+# ops that are made of those in ``_rows``, which have implementations of the CPU's own
+COMPOSED = ("normed_bottleneck", "normed_stem")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # older GPUs have no bf16 tensor cores: Triton compiles the products to scalar code
 

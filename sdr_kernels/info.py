@@ -11,7 +11,7 @@ import torch
 
 import sdr_kernels
 from sdr_kernels._cuda import loader
-from sdr_kernels._ops import IMPLS, select_impl
+from sdr_kernels._ops import COMPOSED, IMPLS, select_impl
 
 PACKAGES = ("sdr", "triton", "cupy-cuda12x", "cupy-cuda13x")
 
@@ -75,7 +75,7 @@ def choices(op: str) -> dict[str, dict | None]:
 
 def choice(op: str, x: torch.Tensor) -> dict:
     """What runs for such a tensor, of a dtype and shape that kernels take."""
-    has_cpu = find_spec(f"sdr_kernels._cpu.{op}") is not None
+    has_cpu = op in COMPOSED or find_spec(f"sdr_kernels._cpu.{op}") is not None
     runs, why_not = None, {}
     for impl in IMPLS:
         try:

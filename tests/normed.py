@@ -52,9 +52,10 @@ def rms(value: Tensor) -> float:
 
 
 def errors(function: Callable[..., Normed], x: Tensor, block, options: dict) -> dict[str, float]:
-    """How often each result's error holds that of plain PyTorch in the same dtype plus an ulp of the result.
+    """How often the error of each kind of result holds that of plain PyTorch in the same dtype plus an ulp.
 
-    Root mean squares; the truth is plain PyTorch in float64 on the same values.
+    Root mean squares over all layers, each in units of its own result; the truth is plain PyTorch in float64 on the
+    same values.
     """
     plain = {"bn": options.get("bn", "batch"), "impl": "reference"}
     exact_x, exact_block = x.detach().double().requires_grad_(x.requires_grad), widened(block)
@@ -65,18 +66,18 @@ def errors(function: Callable[..., Normed], x: Tensor, block, options: dict) -> 
     eager = results(function, x, block, dout, **plain)
     exact = results(function, exact_x, exact_block, dout, **plain)
     assert list(got) == list(exact)
-    ratios = {}
+    squares: dict[str, Tensor] = {}
     for name, truth in exact.items():
         assert got[name].shape == truth.shape, name
         assert got[name].dtype == eager[name].dtype, name
-        error, allowed = (rms(result[name].double() - truth) for result in (got, eager))
-        ulp = torch.finfo(x.dtype).eps * rms(truth)
-        if name[:4] in ("mean", "var "):  # of the values that float32 sums hold
-            number = name.split()[1]
+        kind, _, number = name.partition(" ")
+        ulp, size = torch.finfo(x.dtype).eps, rms(truth)
+        if kind in ("mean", "var"):  # of the values that float32 sums hold
             square = (exact[f"mean {number}"].square() + exact[f"var {number}"]).mean().item()
-            ulp = torch.finfo(torch.float32).eps * (square**0.5 if name.startswith("mean") else square)
-        ratios[name] = error / max(allowed + ulp, torch.finfo(torch.float64).tiny)
-    return ratios
+            ulp, size = torch.finfo(torch.float32).eps, square**0.5 if kind == "mean" else square
+        error, allowed = (rms(result[name].double() - truth) / max(size, 1e-30) for result in (got, eager))
+        squares[kind] = squares.get(kind, 0) + torch.tensor([error**2, (allowed + ulp) ** 2])
+    return {kind: (error / allowed).sqrt().item() for kind, (error, allowed) in squares.items()}
 
 
 def assert_errs_like_eager(function: Callable[..., Normed], make_inputs: Callable, options: dict, draws: int = 3):
