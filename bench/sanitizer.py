@@ -100,6 +100,33 @@ def sdr_loss(
         yield torch.autograd.grad(parts.sum(), (x, z, joint, loo), allow_unused=True)
 
 
+def normed(
+    device: torch.device, dtype: torch.dtype, C_in: int, C_out: int, k: int, V: int = 2
+) -> sdr_kernels.NormedConv:
+    """A layer of training."""
+    weight, gamma, beta = folded(V, C_out, C_in, k, device, dtype)
+    return sdr_kernels.NormedConv(*(value.requires_grad_() for value in (weight, gamma, beta)))
+
+
+def normed_stem(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
+    conv = normed(device, dtype, 3, 9, 5)
+    out = sdr_kernels.normed_stem(random_rows((1, 2, 3, 2, 9, 7), device, dtype), conv, impl="triton").out
+    yield out, torch.autograd.grad(out, conv.tensors[:3], torch.ones_like(out))
+
+
+def normed_bottleneck(device: torch.device, dtype: torch.dtype, scheme: str) -> Iterator[object]:
+    """A block with branch1 and a pool, or one without and with the pool over time, by which scheme has it."""
+    wide = scheme == "gram"
+    C_in, inner, C_out = (16, 8, 33) if wide else (17, 6, 17)
+    sizes = [(C_in, inner, 3), (inner, inner, 1), (inner, C_out, 1), *[(C_in, C_out, 1)] * wide]
+    layers = [normed(device, dtype, *size) for size in sizes]
+    block = sdr_kernels.NormedBottleneck(*layers, *[None] * (4 - len(layers)), pool=wide, time_pool=not wide)
+    x = random_rows((1, 2, C_in, 3, 3, 5), device, dtype).requires_grad_()
+    out = sdr_kernels.normed_bottleneck(x, block, scheme=scheme, impl="triton").out
+    leaves = [x, *(tensor for layer in layers for tensor in layer.tensors[:3])]
+    yield out, torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
 def clip_views(device: torch.device, dtype: torch.dtype) -> Iterator[object]:
     B, V, T, H, W = 2, 3, 2, 35, 37
     planar = torch.randint(0, 256, (B, 3, T, H, W), dtype=torch.uint8).to(device)
@@ -124,6 +151,9 @@ SMALL_SHAPES: dict[str, Callable[[torch.device, torch.dtype], Iterator[object]]]
     "leave_one_out_kl": leave_one_out_kl,
     "sdr_loss": sdr_loss,
     "clip_views": clip_views,
+    "normed_stem": normed_stem,
+    "normed_bottleneck gram": partial(normed_bottleneck, scheme="gram"),
+    "normed_bottleneck fused": partial(normed_bottleneck, scheme="fused"),
 }
 # ops of csrc, which have no interpreter; they copy 16 bytes at a time where rows allow it, and have tiles of 128 rows
 CUDA_SHAPES = {

@@ -180,6 +180,14 @@ time.sleep(600)
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_losses_by_kernels_stay_with_the_references_for_200_steps(bench):
+    curves = bench("curves")
+    config = replace(tiny(), **curves.SMALL)
+    found = curves.compare(config, "cpu", torch.device("cpu"))
+    assert found["reference"][-1] < 0.1 * found["reference"][0]
+    assert max(curves.apart(found).values()) <= curves.BAND
+
+
 def test_budgets_stay_below_ten_minutes(bench):
     steps = bench("gpu").STEPS
     assert [name for name, *_ in steps] == [

@@ -55,11 +55,13 @@ def error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> flo
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("preset", ["paper", "ftcn_released", "tiny", "shared", "one branch"])
 def test_gradients_err_like_eager(preset, scheme, impl, device):
-    """Against float64, in the median of five draws: a pool that is nearly tied sends a gradient elsewhere by chance."""
-    slow = impl == "triton" and preset in ("paper", "ftcn_released")
-    config = replace(CONFIGS[preset], num_branches=2, num_frames=4) if slow else CONFIGS[preset]
+    """Against float64, in the median of draws: a pool that is nearly tied sends a gradient elsewhere by chance."""
+    config, draws = CONFIGS[preset], 5
+    if impl == "triton" and device.type == "cpu":  # interpreted
+        V, draws = min(2, config.num_branches), 3 if preset in ("ftcn_released", "tiny") else 1
+        config = replace(config, num_branches=V, num_frames=2, blocks=(1, 2, 1, 1))
     ratios = []
-    for _ in range(3 if slow else 5):
+    for _ in range(draws):
         model = without_dropout(random_model(config, device)).train()
         views = random_views(config, batch=3, device=device)
         found = gradients(fast_copy(model, scheme=scheme, impl=impl), views)
@@ -67,15 +69,15 @@ def test_gradients_err_like_eager(preset, scheme, impl, device):
         exact = gradients(copy.deepcopy(model).double(), views.double())
         assert found.keys() == exact.keys()
         ratios.append(error(found, exact) / error(eager, exact))
-    assert sorted(ratios)[len(ratios) // 2] <= 2, ratios
+    assert sorted(ratios)[draws // 2] <= 2, ratios
 
 
 @pytest.mark.parametrize("preset", ["tiny", "shared"])
 def test_running_statistics_follow_as_pytorchs(preset, impl, device):
     model = without_dropout(random_model(CONFIGS[preset], device)).train()
     fast = fast_copy(model, impl=impl)
-    for _ in range(3):
-        views = random_views(model.config, batch=2, device=device)
+    for _ in range(2):
+        views = random_views(model.config, batch=1, device=device)
         with torch.no_grad():
             model(views)
             fast(views)
@@ -92,15 +94,15 @@ def test_frozen_norms_keep_their_statistics(training, impl, device):
             module.eval()
     fast = fast_copy(model, impl=impl)
     before = [buffer.clone() for buffer in fast.buffers()]
-    views = random_views(model.config, batch=2, device=device)
+    views = random_views(model.config, batch=1, device=device)
     assert error(gradients(fast, views), gradients(model, views)) < 1e-4
     assert all(torch.equal(a, b) for a, b in zip(before, fast.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_recomputation_changes_no_number(scheme, impl, device):
-    model = without_dropout(random_model(CONFIGS["tiny"], device)).train()
-    views = random_views(model.config, batch=2, device=device)
+    model = without_dropout(random_model(replace(CONFIGS["tiny"], num_branches=1), device)).train()
+    views = random_views(model.config, batch=1, device=device)
     plain = fast_copy(model, scheme=scheme, impl=impl)
     some = fast_copy(model, scheme=scheme, impl=impl, recompute=("stem", "res3"))
     every = fast_copy(model, scheme=scheme, impl=impl)
@@ -138,6 +140,7 @@ def test_less_is_kept_for_the_backward_pass():
     assert gram < fused < plain / 2
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")  # what switching oneDNN off says
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_autocast_runs_convolutions_in_its_dtype(scheme):
     """As the trainer runs bfloat16: gradients are float32 and as near to float64 as those of the plain model."""
@@ -146,7 +149,8 @@ def test_autocast_runs_convolutions_in_its_dtype(scheme):
         model = without_dropout(random_model(CONFIGS["tiny"])).train()
         views = random_views(model.config)
         exact = gradients(copy.deepcopy(model).double(), views.double())
-        with torch.autocast("cpu", torch.bfloat16):
+        # oneDNN's bfloat16 gradient of a 3-D convolution's weight reads memory that nothing has written (torch 2.13)
+        with torch.autocast("cpu", torch.bfloat16), torch.backends.mkldnn.flags(enabled=False):
             eager, found = (gradients(m, views) for m in (model, fast_copy(model, scheme=scheme, impl="cpu")))
         assert {value.dtype for value in found.values()} == {torch.float32}
         ratios.append(error(found, exact) / error(eager, exact))
