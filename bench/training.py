@@ -17,7 +17,7 @@ from machine import Machine
 from peers import ChannelsLast, branch_major
 from torch import Tensor, nn
 
-from sdr import SDRLoss, SDRModel, tiny
+from sdr import SDRConfig, SDRLoss, SDRModel, tiny
 from sdr.config import GroupedConfig
 from sdr.fast import SDRModel as FastSDRModel
 
@@ -106,10 +106,10 @@ def check_gradients(scheme: str, machine: Machine) -> dict[str, object]:
 
     The median over parameters of the model at full width on small clips, which float64 can hold.
     """
-    config = machine.configs()["ftcn_released"]
-    config = replace(config, image_size=32, num_frames=8, dropout=0.0)
+    sizes = {"image_size": machine.scaled(32, 16), "num_frames": machine.scaled(8, 2)}
+    config = replace(config_of(machine), **sizes, dropout=0.0)
     model = random_model(config, machine.device).train()
-    views = random_views(config, 4, machine.device)
+    views = random_views(config, machine.scaled(4, 2), machine.device)
     fast = FastSDRModel.from_reference(model)
     fast.grouped = GroupedConfig(scheme=scheme, impl="triton")
     found, eager = (gradients(m, views, machine.half) for m in (fast, model))
@@ -126,17 +126,28 @@ def check_gradients(scheme: str, machine: Machine) -> dict[str, object]:
 def curves_apart(machine: Machine) -> dict[str, object]:
     """How far the losses of ``tiny`` by the kernels are from the plain branches' in 200 steps."""
     config = replace(tiny(), **SMALL) if machine.rehearsal else tiny()
-    steps = machine.scaled(STEPS, 1)
-    return {"steps": steps, "band": BAND, "apart": apart(compare(config, "triton", machine.device, steps))}
+    steps = machine.scaled(STEPS, 2)
+    return {"steps": steps, "band": BAND, "apart": apart(compare(config, impl_of(machine), machine.device, steps))}
+
+
+def config_of(machine: Machine) -> SDRConfig:
+    """``ftcn_released``; the rehearsal, whose kernels are interpreted, has the smallest of all."""
+    small = replace(tiny(), num_branches=1, num_frames=2, image_size=16)
+    return small if machine.rehearsal else machine.configs()["ftcn_released"]
+
+
+def impl_of(machine: Machine) -> str:
+    """What is timed: the kernels; in the rehearsal the CPU's own, since a step interpreted takes seconds."""
+    return "cpu" if machine.rehearsal else "triton"
 
 
 def reference(machine: Machine) -> SDRModel:
-    return random_model(machine.configs()["ftcn_released"], machine.device).train()
+    return random_model(config_of(machine), machine.device).train()
 
 
 def fast(scheme: str, machine: Machine) -> FastSDRModel:
     model = FastSDRModel.from_reference(reference(machine))
-    model.grouped = GroupedConfig(scheme=scheme, impl="triton")
+    model.grouped = GroupedConfig(scheme=scheme, impl=impl_of(machine))
     return model
 
 
@@ -152,7 +163,7 @@ def run(ledger: Ledger, machine: Machine) -> None:
     """Enter gradients' errors, our steps, the memory of a clip, then the peers', and how many checks failed."""
     if machine.rehearsal:
         os.environ["TRITON_INTERPRET"] = "1"  # before a launcher imports Triton
-    config, clips = machine.configs()["ftcn_released"], machine.scaled(CLIPS, 2)
+    config, clips = config_of(machine), machine.scaled(CLIPS, 2)
 
     def views(count: int, *, channels_last: bool = True) -> Tensor:
         return branch_major(random_views(config, count, machine.device, machine.half), channels_last=channels_last)
