@@ -3,9 +3,19 @@
 from collections.abc import Callable
 
 import torch
+from conftest import KERNEL_DTYPES
 from torch import Tensor
 
 from sdr_kernels import Normed, NormedBottleneck, NormedConv
+
+
+def cases(shapes: list[tuple]) -> list[tuple]:
+    """Every (shape, implementation, dtype) that is compared here; interpreted float16 has the code of float32."""
+    if torch.cuda.is_available():
+        return [(shape, "triton", dtype) for shape in shapes for dtype in KERNEL_DTYPES]
+    interpreted = [(shape, "triton", torch.float32) for shape in shapes]
+    interpreted += [(shape, "triton", torch.float16) for shape in shapes[2:5:2]]
+    return interpreted + [(shape, "cpu", dtype) for shape in shapes for dtype in KERNEL_DTYPES]
 
 
 def make_conv(V, C_in, C_out, k, dtype, device, *, gamma: float | None = None, weight_scale: float = 1.0) -> NormedConv:

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from normed import assert_errs_like_eager, make_conv, results
+from normed import assert_errs_like_eager, cases, make_conv, results
 
 from sdr_kernels import NormedBottleneck, normed_bottleneck
 
@@ -41,15 +41,15 @@ def impl(request, device):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_errs_like_eager(shape, scheme, impl, dtype, device):
+@pytest.mark.parametrize(("shape", "impl", "dtype"), cases(SHAPES), ids=str)
+def test_errs_like_eager(shape, impl, dtype, scheme, device):
     make = partial(make_inputs, shape, device, dtype)
     assert_errs_like_eager(normed_bottleneck, make, {"scheme": scheme, "impl": impl})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[4]], ids=str)
-def test_frozen_errs_like_eager(shape, scheme, impl, dtype, device):
+@pytest.mark.parametrize(("shape", "impl", "dtype"), cases([SHAPES[2], SHAPES[4]]), ids=str)
+def test_frozen_errs_like_eager(shape, impl, dtype, scheme, device):
     make = partial(make_inputs, shape, device, dtype)
     assert_errs_like_eager(normed_bottleneck, make, {"scheme": scheme, "impl": impl, "bn": "frozen"})
 

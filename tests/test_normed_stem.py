@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from normed import assert_errs_like_eager, make_conv, results
+from normed import assert_errs_like_eager, cases, make_conv, results
 
 from sdr_kernels import normed_stem
 
@@ -15,7 +15,7 @@ SHAPES = [
     (3, 1, 17, 3, 1, 6, 9),
     (1, 8, 4, 1, 2, 2, 2),
     (1, 1, 65, 5, 2, 5, 6),
-    (1, 2, 3, 5, 64, 4, 4),
+    (1, 1, 3, 5, 64, 4, 4),
 ]
 
 
@@ -32,12 +32,13 @@ def impl(request, device):
     return request.param
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "impl", "dtype"), cases(SHAPES), ids=str)
 def test_errs_like_eager(shape, impl, dtype, device):
-    assert_errs_like_eager(normed_stem, partial(make_inputs, shape, device, dtype), {"impl": impl})
+    draws = 1 if shape[4] == 64 else 3  # the kernel has a program for each frame, which takes long to interpret
+    assert_errs_like_eager(normed_stem, partial(make_inputs, shape, device, dtype), {"impl": impl}, draws)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize(("shape", "impl", "dtype"), cases(SHAPES[:2]), ids=str)
 def test_frozen_errs_like_eager(shape, impl, dtype, device):
     assert_errs_like_eager(normed_stem, partial(make_inputs, shape, device, dtype), {"impl": impl, "bn": "frozen"})
 
