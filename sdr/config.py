@@ -241,7 +241,7 @@ class GroupedConfig:
         recompute: parts, of ``stem``, ``res2`` and so on, of which only the input is kept; the rest is computed again
             in the backward pass.
         impl: ``auto`` (Triton on a GPU, the plain branches on a CPU, where they take less time), ``triton``, ``cpu``,
-            which takes less memory there, or ``reference``, the plain branches.
+            which keeps less for the backward pass, or ``reference``, the plain branches. Named, it runs or raises.
     """
 
     scheme: Literal["gram", "fused"] = "gram"
@@ -249,6 +249,7 @@ class GroupedConfig:
     impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
 
     def __post_init__(self) -> None:
+        check(not isinstance(self.recompute, str), "recompute", "be a list of parts", self.recompute)
         object.__setattr__(self, "recompute", tuple(self.recompute))
         check_choice("scheme", self.scheme, ("gram", "fused"))
         check_choice("impl", self.impl, ("auto", "reference", "cpu", "triton"))

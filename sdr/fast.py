@@ -35,11 +35,11 @@ class SDRModel(reference.SDRModel):
 
     The kernels run in the dtype of the parameters or of an enabled autocast. In training weights and gradients keep
     their own dtype, and batch norms are exact: by the batch, frozen where they are in evaluation, over all processes
-    where they are :class:`sdr.sync_norm.SyncBatchNorm3d`.
+    where they are :class:`sdr.sync_norm.SyncBatchNorm3d`. Hooks of a backbone's submodules run in the reference alone.
 
     For inference weights are packed at the first call, and anew when a parameter, buffer or module has changed; what is
     written through ``.data``, or to a tensor that was made in inference mode, cannot be seen: call :meth:`refresh`
-    after that. Hooks of submodules run in the reference alone. On a GPU small inputs replay a CUDA graph per shape,
+    after that. On a GPU small inputs replay a CUDA graph per shape,
     from any thread and stream; a graph that a user captures of a call holds the weights of that time.
 
     Args:
@@ -48,6 +48,7 @@ class SDRModel(reference.SDRModel):
         grouped: how branches are trained; may be set anew at any time.
     """
 
+    grouped = GroupedConfig()
     # clips times branches up to which launching takes longer than running, so that a graph pays for its memory
     graph_limit = 16
 
@@ -65,7 +66,7 @@ class SDRModel(reference.SDRModel):
     def from_reference(cls, model: reference.SDRModel) -> "SDRModel":
         """A fast model with a copy of ``model``'s weights, on its device and in its dtype and mode."""
         fast = cls.__new__(cls)  # no initialisation: it would be overwritten, and would move the random generator
-        fast.__dict__.update(copy.deepcopy(vars(model)), grouped=GroupedConfig(), _runtime=_Runtime())
+        fast.__dict__.update(copy.deepcopy(vars(model)), _runtime=_Runtime())
         return fast
 
     def refresh(self) -> None:
@@ -82,14 +83,17 @@ class SDRModel(reference.SDRModel):
         """Score clips; arguments, result and errors are those of :meth:`sdr.model.SDRModel.forward`.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured, and no call before has packed the weights as they are.
+            RuntimeError: ``grouped`` names an implementation that cannot train these branches; or a CUDA graph is being
+                captured, and no call before has packed the weights as they are.
         """
         kind = views.device.type
         folds = kind in ("cpu", "cuda") and self.config.spatial_kernel == 1
         if not folds or self.training:
             return super().forward(views)
         if wants_gradient(self, views):
-            self._runtime.log(logging.WARNING, "gradients are enabled, so nothing is folded: use torch.inference_mode()")
+            self._runtime.log(
+                logging.WARNING, "gradients are enabled, so nothing is folded: use torch.inference_mode()"
+            )
             return super().forward(views)
         self.check_views(views)
         dtype = self._dtype(kind)
@@ -102,10 +106,13 @@ class SDRModel(reference.SDRModel):
     def branch_tokens(self, views: Tensor) -> Tensor:
         """As :meth:`sdr.model.SDRModel.branch_tokens`: all branches in one pass, with exact batch statistics."""
         branches = self.branch_of_view()
+        kind, impl = views.device.type, self.grouped.impl
         if reason := self._why_reference(views, branches):
-            self._runtime.log(logging.INFO, f"plain PyTorch runs the branches: {reason}")
+            if impl not in ("auto", "reference"):
+                raise RuntimeError(f"grouped.impl={impl!r} cannot run: {reason}")
+            level = logging.WARNING if kind == "cuda" and impl == "auto" else logging.INFO
+            self._runtime.log(level, f"plain PyTorch runs the branches: {reason}")
             return super().branch_tokens(views)
-        kind = views.device.type
         with torch.autocast(kind, enabled=False):
             return GroupedPass(branches, self.grouped).tokens(views.to(self._dtype(kind)))
 

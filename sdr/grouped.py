@@ -52,14 +52,12 @@ def bn_mode(branches: Sequence[Backbone]) -> str:
 
 def stacked(convs: Sequence[nn.Conv3d], norms: Sequence[nn.BatchNorm3d]) -> NormedConv:
     """A layer of all branches; gradients flow to each one's own parameters."""
-    return NormedConv(
-        torch.stack([conv.weight[..., 0, 0] for conv in convs]),
-        torch.stack([norm.weight for norm in norms]),
-        torch.stack([norm.bias for norm in norms]),
-        torch.stack([norm.running_mean for norm in norms]),
-        torch.stack([norm.running_var for norm in norms]),
-        norms[0].eps,
-    )
+    weight = torch.stack([conv.weight.flatten(2) for conv in convs])  # [V, C_out, C_in, k]
+    gamma, beta = (torch.stack(values) for values in zip(*((n.weight, n.bias) for n in norms), strict=True))
+    running = (None, None)
+    if not norms[0].training:
+        running = (torch.stack([n.running_mean for n in norms]), torch.stack([n.running_var for n in norms]))
+    return NormedConv(weight, gamma, beta, *running, norms[0].eps)
 
 
 class GroupedPass:

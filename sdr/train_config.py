@@ -49,8 +49,8 @@ class TrainConfig:
         strategy: of several processes: ``ddp`` keeps the model in each, ``fsdp`` a share of it.
         bn: statistics of the batch norms: ``batch`` is each process's own part of the batch, ``sync`` all processes',
             ``frozen`` the running ones of ``init``, which then never change.
-        recompute: keep only the input of each block and compute the rest again in the backward pass: less memory,
-            about a third more time, the same numbers.
+        recompute: keep only the input of each block, with ``fast`` of each stage, and compute the rest again in the
+            backward pass: less memory, about a third more time, the same numbers.
         compile: run the model through torch.compile.
         deterministic: refuse operations that give other numbers when they are repeated. Before torch 2.12 a GPU has
             no other for the max-pools' gradient.
@@ -120,8 +120,8 @@ class TrainConfig:
         check(0 <= self.warmup <= self.epochs, "warmup_epochs", "lie in 0..epochs", self.warmup_epochs)
         plain = "reference" if self.architecture == "ftcn" or self.strategy == "fsdp" else self.implementation
         check(plain == self.implementation, "implementation", "be reference for ftcn and fsdp", self.implementation)
-        eager = not self.compile or not (self.recompute or self.implementation == "fast")
-        check(eager, "compile", "be false with recompute and with the implementation fast", self.compile)
+        recomputed = self.recompute or (self.implementation == "fast" and self.grouped.recompute)
+        check(not (self.compile and recomputed), "compile", "be false with recompute", self.compile)
         sound = self.strategy == "ddp" or self.precision != "fp16"
         check(sound, "precision", "be bf16 or fp32 for fsdp, whose ranks would scale apart", self.precision)
 

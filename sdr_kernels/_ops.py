@@ -41,7 +41,11 @@ def register(op: str, name: str, signature: str, fake: Callable) -> Callable:
 
     def launch(*args) -> Tensor:
         *inputs, impl = args
-        return getattr(import_module(f"sdr_kernels._{impl}.{op}"), name)(*inputs)
+        function = getattr(import_module(f"sdr_kernels._{impl}.{op}"), name)
+        if impl != "cpu":
+            return function(*inputs)
+        with torch.autocast("cpu", enabled=False):  # it would round plain torch's float32 products
+            return function(*inputs)
 
     library.define(name + signature)
     library.impl(name, launch, "CompositeExplicitAutograd")

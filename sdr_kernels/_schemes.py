@@ -15,6 +15,8 @@ from torch import Tensor
 from sdr_kernels._rows import conv_grad, conv_moments, conv_norm, covariance, grad_sums, norm_pool, row_products
 from sdr_kernels.batch_norm import Batch, Gram, Norm, NormedConv, NormGradient
 
+RAW = (None, None)  # the scale and shift of rows that are read as they are
+
 
 class Plan(NamedTuple):
     """What is not a tensor."""
@@ -23,24 +25,30 @@ class Plan(NamedTuple):
     time_pool: bool
     frozen: bool
     group: "dist.ProcessGroup | None"
-    eps: tuple[float, ...]  # of a, b, c and branch1
     impl: str
 
 
 class Layer(NamedTuple):
-    """A convolution, its batch norm, and, where the scheme asks for it, the moments of its input."""
+    """A convolution, its batch norm, and, where the scheme asks for it, the moments of what it reads."""
 
     weight: Tensor  # [V, C_out, C_in, k], in the rows' dtype
-    gamma: Tensor
-    beta: Tensor
-    mean: Tensor  # [V, C_out] float64
-    var: Tensor
-    covariance: Tensor | None = None  # of what it reads, as :class:`Gram` has them
+    mean: Tensor  # these as :class:`Norm` has them
+    rstd: Tensor
+    factor: Tensor
+    scale: Tensor
+    shift: Tensor
+    center: Tensor
+    covariance: Tensor | None = None  # these as :class:`Gram` has them
     local_mean: Tensor | None = None
     input_mean: Tensor | None = None
 
-    def norm(self, eps: float, frozen: bool) -> Norm:
-        return Norm.of(NormedConv(self.weight, self.gamma, self.beta, eps=eps), self.mean, self.var, frozen=frozen)
+    @property
+    def norm(self) -> Norm:
+        return Norm(*self[1:7])
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return self.scale, self.shift
 
     def gram(self, rows: int) -> Gram:
         return Gram(pointwise(self.weight).double(), self.covariance, self.local_mean, self.input_mean, rows)
@@ -69,11 +77,14 @@ class Kept(NamedTuple):
         return cls(*tensors[:fields], layers)
 
 
+LayerGradients = tuple[Tensor, Tensor, Tensor]  # of weight, gamma and beta
+
+
 class Gradients(NamedTuple):
-    """Of x, and weight, gamma and beta of every layer."""
+    """Of x, and of every layer."""
 
     x: Tensor | None
-    layers: list[tuple[Tensor, Tensor, Tensor]]
+    layers: list[LayerGradients]
 
 
 def forward_order(weight: Tensor) -> Tensor:
@@ -102,18 +113,21 @@ class Pass:
     def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
         self.plan, self.impl = plan, plan.impl
         self.dtype = dtype
+        self.statistics: list[Tensor] = []  # mean and variance of each layer, in order; empty where they are frozen
         self.wide = torch.promote_types(dtype, torch.float32)
         self.pool = 4 if plan.pool else 1
         self.time_pool = 2 if plan.time_pool else 1
 
-    def batch(self, rows: int) -> Batch:
-        return Batch.of(rows, self.plan.group)
+    def batch(self, rows: int) -> Batch | None:
+        return None if self.plan.frozen else Batch.of(rows, self.plan.group)
 
-    def norm(self, layers: Sequence[Layer], i: int) -> Norm:
-        return layers[i].norm(self.plan.eps[i], self.plan.frozen)
+    def frozen(self, conv: NormedConv) -> Norm:
+        return Norm.of(conv, conv.running_mean.double(), conv.running_var.double(), self.wide)
 
-    def affine(self, layers: Sequence[Layer], i: int) -> tuple[Tensor, Tensor]:
-        return self.norm(layers, i).affine(self.wide)
+    def norm(self, conv: NormedConv, mean: Tensor, var: Tensor) -> Norm:
+        """By the batch's statistics, which are kept for the caller."""
+        self.statistics += [mean, var]
+        return Norm.of(conv, mean, var, self.wide)
 
     def convolve(
         self, x: Tensor, affine: tuple[Tensor | None, Tensor | None], conv: NormedConv
@@ -121,117 +135,109 @@ class Pass:
         """z = conv(normed x), and the layer with z's statistics."""
         weight = conv.weight.to(self.dtype)
         z, local = conv_moments(x, *affine, forward_order(weight), self.impl)
-        if self.plan.frozen:
-            mean, var = conv.running_mean.double(), conv.running_var.double()
-        else:
-            mean, var = self.batch(rows_of(z)).moments(local)
-        return z, Layer(weight, conv.gamma, conv.beta, mean, var)
+        batch = self.batch(rows_of(z))
+        norm = self.frozen(conv) if batch is None else self.norm(conv, *batch.moments(local))
+        return z, Layer(weight, *norm)
 
     def differentiate(
-        self, norm: Norm, layer: Layer, z: Tensor, sums: Tensor, x: Tensor, affine: tuple, d: tuple
-    ) -> tuple[tuple, tuple[Tensor, Tensor, Tensor]]:
+        self, layer: Layer, z: Tensor, sums: Tensor, x: Tensor, affine: tuple, d: tuple
+    ) -> tuple[tuple, LayerGradients]:
         """Gradient rows of z = conv(normed x), and of weight, gamma, beta.
 
         Args:
-            norm: of z.
-            layer: the convolution.
+            layer: the convolution and z's norm.
             z: its rows.
             sums: of the gradient d and of d * (z - mean), over rows.
             x: rows that went in, raw.
             affine: that normed them, or (None, None).
             d: (d, y, code, pool) of the gradient of the batch norm's result.
         """
-        gradient = NormGradient.of(norm, self.batch(rows_of(z)), sums)
-        source = (*d, None if norm.frozen else z, gradient.coef(norm, self.wide))
+        gradient = NormGradient.of(layer.norm, self.batch(rows_of(z)), sums)
+        source = (*d, None if self.plan.frozen else z, gradient.coef(layer.norm))
         products, _ = row_products(x, *affine, None, *source, layer.weight.shape[-1], self.impl)
         return source, (products.permute(0, 3, 2, 1), gradient.dgamma, gradient.dbeta)
 
+    def correlate(self, source: tuple, layer: Layer, size: Sequence[int], residual: tuple) -> Tensor:
+        """The gradient of what a layer read raw, from its gradient rows, and the residual's added."""
+        nothing = (None,) * 6  # no h, its norm, matrix, center and const
+        weight = backward_order(layer.weight)
+        return conv_grad(*source, size, weight, *nothing, *residual, False, None, self.impl)[0]
+
     def end(
         self, kept: Kept, du: Tensor, sums: Tensor, residual: tuple, needs_dx: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[Tensor | None, LayerGradients]:
         """x's gradient through a, with the shortcut's added, and the gradients of a."""
         a = kept.layers[0]
-        source, grads = self.differentiate(
-            self.norm(kept.layers, 0), a, kept.za, sums, kept.x, (None, None), (du, None, None, 1)
-        )
-        if not needs_dx:
-            return None, grads
-        none = (None,) * 6
-        weight = backward_order(a.weight)
-        size = kept.x.shape[2:5]
-        dx, _ = conv_grad(*source, size, weight, *none, *residual, False, None, self.impl)
-        return dx, grads
+        source, grads = self.differentiate(a, kept.za, sums, kept.x, RAW, (du, None, None, 1))
+        return self.correlate(source, a, kept.x.shape[2:5], residual) if needs_dx else None, grads
 
 
 class Fused(Pass):
     """Statistics in the epilogues; keeps what every convolution puts out."""
 
     def forward(self, x: Tensor, convs: Sequence[NormedConv]) -> Kept:
-        raw = (None, None)
-        za, a = self.convolve(x, raw, convs[0])
-        zb, b = self.convolve(za, self.affine([a], 0), convs[1])
-        layers = [a, b]
-        zc, c = self.convolve(*self.inside(zb, layers), convs[2])
-        layers.append(c)
+        za, a = self.convolve(x, RAW, convs[0])
+        zb, b = self.convolve(za, a.affine, convs[1])
+        zc, c = self.convolve(*self.inside(zb, b), convs[2])
+        layers = [a, b, c]
         zs = shortcut_code = None
-        shortcut = (x, None, None)
+        shortcut = (x, *RAW)
         if len(convs) > 3:
-            zs, s = self.convolve(x, raw, convs[3])
+            zs, s = self.convolve(x, RAW, convs[3])
             layers.append(s)
-            shortcut = (zs, *self.affine(layers, 3))
+            shortcut = (zs, *s.affine)
             if self.plan.pool:
-                pooled, shortcut_code = norm_pool(*shortcut, None, None, None, False, self.pool, True, self.impl)
-                shortcut = (pooled, None, None)
+                pooled, shortcut_code = norm_pool(*shortcut, None, *RAW, False, self.pool, True, self.impl)
+                shortcut = (pooled, *RAW)
         coded = self.plan.time_pool
-        y, time_code = norm_pool(zc, *self.affine(layers, 2), *shortcut, True, self.time_pool, coded, self.impl)
+        y, time_code = norm_pool(zc, *c.affine, *shortcut, True, self.time_pool, coded, self.impl)
         return Kept(x, y, za, zb, zc, zs, shortcut_code, time_code if coded else None, layers)
 
-    def inside(self, zb: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    def inside(self, zb: Tensor, b: Layer) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
         """What c reads: zb and how it is normed, or the pooled rows themselves."""
-        affine = self.affine(layers, 1)
         if not self.plan.pool:
-            return zb, affine
-        return norm_pool(zb, *affine, None, None, None, True, self.pool, False, self.impl)[0], (None, None)
+            return zb, b.affine
+        return norm_pool(zb, *b.affine, None, *RAW, True, self.pool, False, self.impl)[0], RAW
 
     def backward(self, kept: Kept, dy: Tensor, needs_dx: bool) -> Gradients:
-        layers = kept.layers
-        norm_a, norm_b, norm_c = (self.norm(layers, i) for i in range(3))
+        a, b, c, *branch1 = kept.layers
         out = (dy, kept.y, kept.time_code, self.time_pool)
-        centers = [norm.mean.to(self.wide) for norm in (norm_a, norm_b, norm_c)]
-        # c: its input is normed zb, or that pooled
-        hb, affine, code = kept.zb, norm_b.affine(self.wide), None
-        if self.plan.pool:
-            hb, code = norm_pool(kept.zb, *affine, None, None, None, True, self.pool, True, self.impl)
-            affine = (None, None)
-        sums = grad_sums(*out, kept.zc, centers[2], self.impl)
-        source, grads_c = self.differentiate(norm_c, layers[2], kept.zc, sums, hb, affine, out)
-        weight = backward_order(layers[2].weight)
-        plain = (None, None, None, None, None, None, 1)  # no matrix, center, const and residual
-        center = None if self.plan.pool else centers[1]
-        du, sums = conv_grad(*source, hb.shape[2:5], weight, hb, *affine, *plain, True, center, self.impl)
-        inner = (du, None, code, self.pool)
-        if self.plan.pool:
-            sums = grad_sums(*inner, kept.zb, centers[1], self.impl)
-        # b
-        affine = norm_a.affine(self.wide)
-        source, grads_b = self.differentiate(norm_b, layers[1], kept.zb, sums, kept.za, affine, inner)
-        weight = backward_order(layers[1].weight)
-        du, sums = conv_grad(*source, kept.za.shape[2:5], weight, kept.za, *affine, *plain, True, centers[0], self.impl)
-        if len(layers) < 4:
+        sums = grad_sums(*out, kept.zc, c.center, self.impl)
+        inner, sums, grads_c = self.through_c(kept, out, sums)
+        du, sums, grads_b = self.through(b, kept.zb, sums, kept.za, a.affine, inner, a.center)
+        del inner
+        if not branch1:
             dx, grads_a = self.end(kept, du, sums, out, needs_dx)
             return Gradients(dx, [grads_a, grads_b, grads_c])
-        through = (dy, kept.y, kept.shortcut_code, self.pool) if self.plan.pool else out
-        norm_s = self.norm(layers, 3)
-        dsums = grad_sums(*through, kept.zs, norm_s.mean.to(self.wide), self.impl)
-        source, grads_s = self.differentiate(norm_s, layers[3], kept.zs, dsums, kept.x, (None, None), through)
-        residual = None
-        if needs_dx:
-            none = (None,) * 6
-            weight = backward_order(layers[3].weight)
-            size = kept.x.shape[2:5]
-            residual, _ = conv_grad(*source, size, weight, *none, None, None, None, 1, False, None, self.impl)
+        (s,) = branch1
+        shortcut = (dy, kept.y, kept.shortcut_code, self.pool) if self.plan.pool else out
+        dsums = grad_sums(*shortcut, kept.zs, s.center, self.impl)
+        source, grads_s = self.differentiate(s, kept.zs, dsums, kept.x, RAW, shortcut)
+        residual = self.correlate(source, s, kept.x.shape[2:5], (None, None, None, 1)) if needs_dx else None
+        del source
         dx, grads_a = self.end(kept, du, sums, (residual, None, None, 1), needs_dx)
         return Gradients(dx, [grads_a, grads_b, grads_c, grads_s])
+
+    def through_c(self, kept: Kept, out: tuple, sums: Tensor) -> tuple[tuple, Tensor, LayerGradients]:
+        """The gradient rows of b's norm, sums over them, and the gradients of c."""
+        b, c = kept.layers[1:3]
+        if not self.plan.pool:
+            du, sums, grads = self.through(c, kept.zc, sums, kept.zb, b.affine, out, b.center)
+            return (du, None, None, 1), sums, grads
+        hb, code = norm_pool(kept.zb, *b.affine, None, *RAW, True, self.pool, True, self.impl)
+        du, _, grads = self.through(c, kept.zc, sums, hb, RAW, out, None)
+        inner = (du, None, code, self.pool)
+        return inner, grad_sums(*inner, kept.zb, b.center, self.impl), grads
+
+    def through(
+        self, layer: Layer, z: Tensor, sums: Tensor, h: Tensor, affine: tuple, d: tuple, z_center: Tensor | None
+    ) -> tuple[Tensor, Tensor, LayerGradients]:
+        """Of a pointwise layer that read normed h: the gradient behind h's ReLU, sums over it, and the layer's own."""
+        source, grads = self.differentiate(layer, z, sums, h, affine, d)
+        weight = backward_order(layer.weight)
+        nothing = (None, None, None, None, None, None, 1)  # no matrix, center, const and residual
+        du, sums = conv_grad(*source, h.shape[2:5], weight, h, *affine, *nothing, True, z_center, self.impl)
+        return du, sums, grads
 
 
 class Grams(Pass):
@@ -239,82 +245,79 @@ class Grams(Pass):
 
     def measure(self, h: Tensor, affine: tuple[Tensor | None, Tensor | None], conv: NormedConv) -> Layer:
         """A pointwise layer with the statistics that it will put out for normed h."""
-        weight = conv.weight.to(self.dtype)
-        if self.plan.frozen:
-            mean, var = conv.running_mean.double(), conv.running_var.double()
-            return Layer(weight, conv.gamma, conv.beta, mean, var)
-        rows = rows_of(h)
-        moments = Gram.of(pointwise(weight), *covariance(h, *affine, self.impl), self.batch(rows), rows)
-        mean, var = moments.moments(self.batch(rows))
-        return Layer(weight, conv.gamma, conv.beta, mean, var, moments.covariance, moments.local_mean, moments.mean)
+        weight, rows = conv.weight.to(self.dtype), rows_of(h)
+        batch = self.batch(rows)
+        if batch is None:
+            return Layer(weight, *self.frozen(conv))
+        gram = Gram.of(pointwise(weight), *covariance(h, *affine, self.impl), batch, rows)
+        return Layer(weight, *self.norm(conv, *gram.moments(batch)), gram.covariance, gram.local_mean, gram.mean)
 
-    def inside(self, za: Tensor, layers: Sequence[Layer], coded: bool) -> tuple[Tensor, Tensor]:
+    def inside(self, za: Tensor, a: Layer, b: Layer, *, coded: bool) -> tuple[Tensor, Tensor | None]:
         """relu(pool(norm(b(normed za)))), what c reads."""
-        weight = forward_order(layers[1].weight)
-        affine_a, affine_b = self.affine(layers, 0), self.affine(layers, 1)
-        return conv_norm(za, *affine_a, weight, *affine_b, None, True, self.pool, coded, self.impl)
+        weight = forward_order(b.weight)
+        hb, code = conv_norm(za, *a.affine, weight, *b.affine, None, True, self.pool, coded, self.impl)
+        return hb, code if coded else None
 
     def forward(self, x: Tensor, convs: Sequence[NormedConv]) -> Kept:
-        za, a = self.convolve(x, (None, None), convs[0])
-        layers = [a, self.measure(za, self.affine([a], 0), convs[1])]
-        hb, _ = self.inside(za, layers, False)
-        layers.append(self.measure(hb, (None, None), convs[2]))
+        za, a = self.convolve(x, RAW, convs[0])
+        b = self.measure(za, a.affine, convs[1])
+        hb, _ = self.inside(za, a, b, coded=False)
+        c = self.measure(hb, RAW, convs[2])
+        layers = [a, b, c]
         shortcut, shortcut_code = x, None
         if len(convs) > 3:
-            layers.append(self.measure(x, (None, None), convs[3]))
-            weight, affine = forward_order(layers[3].weight), self.affine(layers, 3)
-            coded = self.plan.pool
-            shortcut, shortcut_code = conv_norm(
-                x, None, None, weight, *affine, None, False, self.pool, coded, self.impl
-            )
-        weight, affine = forward_order(layers[2].weight), self.affine(layers, 2)
-        coded = self.plan.time_pool
-        y, code = conv_norm(hb, None, None, weight, *affine, shortcut, True, self.time_pool, coded, self.impl)
-        kept_code = shortcut_code if self.plan.pool else None
-        return Kept(x, y, za, None, None, None, kept_code, code if coded else None, layers)
-
-    def through(
-        self, norm: Norm, layer: Layer, h: Tensor, affine: tuple, d: tuple, needs_dh: bool = True
-    ) -> tuple[tuple | None, tuple[Tensor, Tensor, Tensor]]:
-        """Of a pointwise layer that read normed h: conv_grad's arguments up to const, and weight, gamma, beta."""
-        moments = layer.gram(rows_of(h))
-        center = None if norm.frozen else moments.mean.to(self.wide)
-        products, dsums = row_products(h, *affine, center, *d, None, None, 1, self.impl)
-        products = products[:, 0]
-        batch = self.batch(rows_of(h))
-        gradient = NormGradient.of(norm, batch, moments.gradient_sums(norm, products, dsums))
-        dweight = moments.dweight(gradient, batch, products, dsums).transpose(-1, -2)[..., None]
-        grads = (dweight, gradient.dgamma, gradient.dbeta)
-        if not needs_dh:
-            return None, grads
-        weight, matrix, const = moments.dinput(gradient)
-        second = (None, None, None)
-        if not norm.frozen:
-            second = (matrix.to(self.dtype), center, const.to(self.wide))
-        size = h.shape[2:5]
-        return (*d, None, None, size, weight[:, None].to(self.dtype), h, *affine, *second), grads
+            s = self.measure(x, RAW, convs[3])
+            layers.append(s)
+            rest = (None, False, self.pool, self.plan.pool, self.impl)
+            shortcut, shortcut_code = conv_norm(x, *RAW, forward_order(s.weight), *s.affine, *rest)
+        rest = (shortcut, True, self.time_pool, self.plan.time_pool, self.impl)
+        y, time_code = conv_norm(hb, *RAW, forward_order(c.weight), *c.affine, *rest)
+        codes = shortcut_code if self.plan.pool else None, time_code if self.plan.time_pool else None
+        return Kept(x, y, za, None, None, None, *codes, layers)
 
     def backward(self, kept: Kept, dy: Tensor, needs_dx: bool) -> Gradients:
-        layers = kept.layers
-        norm_a, norm_b, norm_c = (self.norm(layers, i) for i in range(3))
-        raw, none = (None, None), (None, None, None, 1)
+        a, b, c, *branch1 = kept.layers
         out = (dy, kept.y, kept.time_code, self.time_pool)
-        hb, code = self.inside(kept.za, layers, self.plan.pool)
-        arguments, grads_c = self.through(norm_c, layers[2], hb, raw, out)
-        du, _ = conv_grad(*arguments, *none, True, None, self.impl)
+        hb, code = self.inside(kept.za, a, b, coded=self.plan.pool)
+        du, _, grads_c = self.through(c, hb, RAW, out)
         del hb
-        inner = (du, None, code if self.plan.pool else None, self.pool)
-        arguments, grads_b = self.through(norm_b, layers[1], kept.za, norm_a.affine(self.wide), inner)
-        du, sums = conv_grad(*arguments, *none, True, norm_a.mean.to(self.wide), self.impl)
-        if len(layers) < 4:
+        du, sums, grads_b = self.through(b, kept.za, a.affine, (du, None, code, self.pool), z_center=a.center)
+        if not branch1:
             dx, grads_a = self.end(kept, du, sums, out, needs_dx)
             return Gradients(dx, [grads_a, grads_b, grads_c])
-        through = (dy, kept.y, kept.shortcut_code, self.pool) if self.plan.pool else out
-        norm_s = self.norm(layers, 3)
-        arguments, grads_s = self.through(norm_s, layers[3], kept.x, raw, through, needs_dx)
-        residual = conv_grad(*arguments, *none, False, None, self.impl)[0] if needs_dx else None
+        shortcut = (dy, kept.y, kept.shortcut_code, self.pool) if self.plan.pool else out
+        residual, _, grads_s = self.through(*branch1, kept.x, RAW, shortcut, relu=False, needs_dh=needs_dx)
         dx, grads_a = self.end(kept, du, sums, (residual, None, None, 1), needs_dx)
         return Gradients(dx, [grads_a, grads_b, grads_c, grads_s])
+
+    def through(
+        self,
+        layer: Layer,
+        h: Tensor,
+        affine: tuple,
+        d: tuple,
+        *,
+        relu: bool = True,
+        z_center: Tensor | None = None,
+        needs_dh: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, LayerGradients]:
+        """Of a pointwise layer that read normed h: the gradient behind h's ReLU, sums over it, and the layer's own."""
+        rows = rows_of(h)
+        gram, batch = layer.gram(rows), self.batch(rows)
+        center = None if batch is None else gram.mean.to(self.wide)
+        products, dsums = row_products(h, *affine, center, *d, None, None, 1, self.impl)
+        products = products[:, 0]
+        gradient = NormGradient.of(layer.norm, batch, gram.gradient_sums(layer.norm, products, dsums))
+        dweight = gram.dweight(gradient, batch, products, dsums).transpose(-1, -2)[..., None]
+        grads = dweight, gradient.dgamma, gradient.dbeta
+        if not needs_dh:
+            return None, None, grads
+        weight, matrix, const = gram.dinput(gradient)
+        second = (None, None, None) if batch is None else (matrix.to(self.dtype), center, const.to(self.wide))
+        rest = (*second, None, None, None, 1, relu, z_center, self.impl)  # no residual
+        weight = weight[:, None].to(self.dtype)
+        dh, sums = conv_grad(*d, None, None, h.shape[2:5], weight, h, *affine, *rest)
+        return dh, sums, grads
 
 
 SCHEMES = {"gram": Grams, "fused": Fused}

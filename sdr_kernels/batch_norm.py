@@ -47,24 +47,22 @@ class Normed(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm whose statistics are known; all [V, C], float64."""
+    """A batch norm whose statistics are known; all [V, C]."""
 
-    mean: Tensor
-    var: Tensor  # biased
-    gamma: Tensor
-    beta: Tensor
-    rstd: Tensor
-    frozen: bool
+    mean: Tensor  # float64
+    rstd: Tensor  # float64
+    factor: Tensor  # gamma * rstd, float64
+    scale: Tensor  # the rest as kernels take it: z * scale + shift
+    shift: Tensor
+    center: Tensor  # the mean
 
     @classmethod
-    def of(cls, conv: NormedConv, mean: Tensor, var: Tensor, *, frozen: bool = False) -> "Norm":
-        mean, var = mean.double(), var.double()
-        return cls(mean, var, conv.gamma.double(), conv.beta.double(), (var + conv.eps).rsqrt(), frozen)
-
-    def affine(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Scale and shift."""
-        scale = self.gamma * self.rstd
-        return scale.to(dtype), (self.beta - self.mean * scale).to(dtype)
+    def of(cls, conv: NormedConv, mean: Tensor, var: Tensor, dtype: torch.dtype) -> "Norm":
+        """mean, var: [V, C], float64; dtype: of the values for kernels."""
+        rstd = (var + conv.eps).rsqrt()
+        factor = conv.gamma.double() * rstd
+        scale, shift, center = torch.stack([factor, conv.beta.double() - mean * factor, mean]).to(dtype)
+        return cls(mean, rstd, factor, scale, shift, center)
 
 
 class Batch(NamedTuple):
@@ -82,7 +80,7 @@ class Batch(NamedTuple):
         if self.group is None:
             return local.unbind(1)
         everyone = local.new_empty((dist.get_world_size(self.group), *local.shape))
-        dist.all_gather_into_tensor(everyone, local.contiguous(), group=self.group)
+        dist.all_gather(list(everyone), local.contiguous(), group=self.group)
         means, variances = everyone.unbind(2)
         mean = means.mean(0)
         return mean, (variances + (means - mean).square()).mean(0)
@@ -106,19 +104,21 @@ class NormGradient(NamedTuple):
     offset: Tensor
 
     @classmethod
-    def of(cls, norm: Norm, batch: Batch, sums: Tensor) -> "NormGradient":
-        """sums: [V, 2, C], over this process's rows, of the gradient that comes and of it times (z - mean)."""
+    def of(cls, norm: Norm, batch: Batch | None, sums: Tensor) -> "NormGradient":
+        """sums: [V, 2, C], over this process's rows, of the gradient that comes and of it times (z - mean); batch: None
+        where the norm is frozen.
+        """
         dbeta, centered = sums.unbind(1)
-        factor = norm.gamma * norm.rstd
-        if norm.frozen:
-            zero = torch.zeros_like(factor)
-            return cls(norm.rstd * centered, dbeta, factor, zero, zero)
-        shift, slope = (batch.total(sums) / batch.rows).unbind(1)
-        return cls(norm.rstd * centered, dbeta, factor, -factor * norm.rstd.square() * slope, -factor * shift)
+        if batch is None:
+            zero = torch.zeros_like(norm.factor)
+            return cls(norm.rstd * centered, dbeta, norm.factor, zero, zero)
+        shift, slope = (batch.total(sums) / -batch.rows).unbind(1)
+        slope = norm.factor * norm.rstd.square() * slope
+        return cls(norm.rstd * centered, dbeta, norm.factor, slope, norm.factor * shift)
 
-    def coef(self, norm: Norm, dtype: torch.dtype) -> Tensor:
+    def coef(self, norm: Norm) -> Tensor:
         """As gradient rows take it, [4, V, C]."""
-        return torch.stack([self.factor, self.slope, self.offset, norm.mean]).to(dtype)
+        return torch.stack([self.factor, self.slope, self.offset, norm.mean]).to(norm.center.dtype)
 
 
 class Gram(NamedTuple):
@@ -149,9 +149,9 @@ class Gram(NamedTuple):
             dsums: [V, C_out], of the gradient.
         """
         centered = (self.weight * products).sum(1)
-        return torch.stack([dsums, centered - norm.mean * dsums if norm.frozen else centered], 1)
+        return torch.stack([dsums, centered if self.covariance is not None else centered - norm.mean * dsums], 1)
 
-    def dweight(self, gradient: NormGradient, batch: Batch, products: Tensor, dsums: Tensor) -> Tensor:
+    def dweight(self, gradient: NormGradient, batch: Batch | None, products: Tensor, dsums: Tensor) -> Tensor:
         """Of the weight, [V, C_in, C_out]; arguments as :meth:`gradient_sums`'."""
         through = gradient.factor[:, None] * products
         if self.covariance is None:
@@ -174,6 +174,11 @@ class Gram(NamedTuple):
             self.weight @ (gradient.slope[..., None] * transposed),
             (gradient.offset[:, None] @ transposed)[:, 0],
         )
+
+
+def in_dtype(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter's gradient as it is returned: contiguous, for whoever sums them over processes."""
+    return None if gradient is None else gradient.to(dtype, memory_format=torch.contiguous_format)
 
 
 def process_group(bn: str, group: "dist.ProcessGroup | None") -> "dist.ProcessGroup | None":
@@ -204,7 +209,7 @@ def check_normed(name: str, conv: NormedConv, x: Tensor, rows: int, bn: str) -> 
             check_shape(f"{name}'s {field}", value, shape, "[V, C_out]")
         elif bn == "frozen":
             raise ValueError(f"{name}'s {field} must be given where bn is frozen")
-    if rows < (1 if bn == "frozen" else 2):
+    if bn != "frozen" and rows < 2:
         raise ValueError(f"{name} must put out more than one row to take statistics of, got {list(x.shape)} for x")
 
 

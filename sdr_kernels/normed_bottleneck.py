@@ -16,6 +16,7 @@ from sdr_kernels.batch_norm import (
     Statistics,
     batch_norm_reference,
     check_normed,
+    in_dtype,
     process_group,
 )
 from sdr_kernels.temporal_conv3d import check_clips, check_weight, conv3d_branches
@@ -61,25 +62,29 @@ def normed_bottleneck_reference(
 
 class _NormedBottleneck(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, scheme, plan, *tensors):
+    def forward(ctx, x, scheme, plan, eps, *tensors):
         size = len(NormedConv._fields) - 1
-        convs = [NormedConv(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
-        kept = SCHEMES[scheme](plan, x.dtype).forward(x.movedim(2, -1).contiguous(), convs)
+        convs = [NormedConv(*tensors[i * size : (i + 1) * size], each) for i, each in enumerate(eps)]
+        scheme = SCHEMES[scheme](plan, x.dtype)
+        kept = scheme.forward(x.movedim(2, -1).contiguous(), convs)
         ctx.save_for_backward(*kept.flatten())
-        ctx.scheme, ctx.plan, ctx.dtypes = scheme, plan, [None if t is None else t.dtype for t in tensors]
-        moments = [moment.clone() for layer in kept.layers for moment in (layer.mean, layer.var)]
+        ctx.scheme, ctx.plan, ctx.dtypes = type(scheme), plan, [None if t is None else t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)
+        moments = [moment.clone() for moment in scheme.statistics]  # a mean is kept too
         ctx.mark_non_differentiable(*moments)
         return kept.y.movedim(-1, 2), *moments
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dout, *_moments):
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
         kept = Kept.unflatten(ctx.saved_tensors)
         dy = dout.movedim(2, -1).contiguous()
-        dx, layers = SCHEMES[ctx.scheme](ctx.plan, dy.dtype).backward(kept, dy, ctx.needs_input_grad[0])
+        dx, layers = ctx.scheme(ctx.plan, dy.dtype).backward(kept, dy, ctx.needs_input_grad[0])
         gradients = [gradient for layer in layers for gradient in (*layer, None, None)]
-        gradients = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
-        return None if dx is None else dx.movedim(-1, 2), None, None, *gradients
+        gradients = [in_dtype(g, dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return None if dx is None else dx.movedim(-1, 2), None, None, None, *gradients
 
 
 def normed_bottleneck(
@@ -128,9 +133,9 @@ def normed_bottleneck(
     if impl == "reference":
         return normed_bottleneck_reference(x, block, bn, group)
     eps = tuple(conv.eps for conv in block.convs)
-    plan = Plan(block.pool, block.time_pool, bn == "frozen", group, eps, impl)
+    plan = Plan(block.pool, block.time_pool, bn == "frozen", group, impl)
     tensors = [tensor for conv in block.convs for tensor in conv.tensors]
-    out, *moments = _NormedBottleneck.apply(x, scheme, plan, *tensors)
+    out, *moments = _NormedBottleneck.apply(x, scheme, plan, eps, *tensors)
     if bn == "frozen":
         return Normed(out, [])
     rows = [Batch.of(number, group).rows for number in rows_put_out(x, block)]

@@ -17,6 +17,7 @@ from sdr_kernels.batch_norm import (
     Statistics,
     batch_norm_reference,
     check_normed,
+    in_dtype,
     process_group,
 )
 from sdr_kernels.temporal_conv3d import KERNEL_SIZES, conv3d_branches
@@ -42,39 +43,41 @@ class _NormedStem(torch.autograd.Function):
     def forward(ctx, x, eps, frozen, group, impl, *tensors):
         conv = NormedConv(*tensors, eps)
         weight = conv.weight.to(x.dtype)
-        batch = Batch.of(x[:, 0, 0].numel(), group)
-        if frozen:
+        rows = x[:, 0, 0].numel()
+        batch = None if frozen else Batch.of(rows, group)
+        if batch is None:
             mean, var = conv.running_mean.double(), conv.running_var.double()
             kept = (None, None, None)
         else:
-            found = patch_covariance(x, weight.shape[-1], impl)
-            gram = Gram.of(by_patch(weight), *found, batch, x[:, 0, 0].numel())
+            gram = Gram.of(by_patch(weight), *patch_covariance(x, weight.shape[-1], impl), batch, rows)
             mean, var = gram.moments(batch)
             kept = gram.covariance, gram.local_mean, gram.mean
-        affine = Norm.of(conv, mean, var).affine(torch.promote_types(x.dtype, torch.float32))
-        y, code = stem_max(x, weight, *affine, impl)
-        ctx.save_for_backward(x, y, code, weight, conv.gamma, conv.beta, mean, var, *kept)
-        ctx.options = eps, frozen, batch, impl, [None if t is None else t.dtype for t in tensors]
-        out = y.movedim(-1, 2), mean.clone(), var.clone()
-        ctx.mark_non_differentiable(*out[1:])
-        return out
+        norm = Norm.of(conv, mean, var, torch.promote_types(x.dtype, torch.float32))
+        y, code = stem_max(x, weight, norm.scale, norm.shift, impl)
+        ctx.save_for_backward(x, y, code, weight, *norm, *kept)
+        ctx.options = batch, impl, [None if t is None else t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)
+        moments = mean.clone(), var.clone()  # the mean is kept too
+        ctx.mark_non_differentiable(*moments)
+        return y.movedim(-1, 2), *moments
 
     @staticmethod
     @differentiable_once
     def backward(ctx, dout, _mean, _var):
-        x, y, code, weight, gamma, beta, mean, var, *kept = ctx.saved_tensors
-        eps, frozen, batch, impl, dtypes = ctx.options
-        dy = dout.movedim(2, -1).contiguous()
-        products, dsums = stem_products(x, dy, y, code, weight.shape[-1], impl)
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, y, code, weight, *rest = ctx.saved_tensors
+        norm, kept = Norm(*rest[:6]), rest[6:]
+        batch, impl, dtypes = ctx.options
+        products, dsums = stem_products(x, dout.movedim(2, -1).contiguous(), y, code, weight.shape[-1], impl)
         products = products.transpose(-1, -2)
-        if not frozen:
-            products = products - kept[2][..., None] * dsums[:, None]  # as of patches less their mean
-        norm = Norm.of(NormedConv(weight, gamma, beta, eps=eps), mean, var, frozen=frozen)
         gram = Gram(by_patch(weight).double(), *kept, x[:, 0, 0].numel())
+        if batch is not None:
+            products = products - gram.mean[..., None] * dsums[:, None]  # as of patches less their mean
         gradient = NormGradient.of(norm, batch, gram.gradient_sums(norm, products, dsums))
         dweight = gram.dweight(gradient, batch, products, dsums).transpose(-1, -2).unflatten(-1, (3, -1))
-        gradients = dweight, gradient.dgamma, gradient.dbeta
-        return None, None, None, None, None, *(g.to(d) for g, d in zip(gradients, dtypes, strict=False)), None, None
+        gradients = dweight, gradient.dgamma, gradient.dbeta, None, None
+        return None, None, None, None, None, *(in_dtype(g, d) for g, d in zip(gradients, dtypes, strict=True))
 
 
 def normed_stem(

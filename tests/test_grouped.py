@@ -1,7 +1,6 @@
 """Branches trained in one grouped pass: the gradients, statistics and loss curves of the plain model."""
 
 import copy
-import logging
 from dataclasses import replace
 
 import pytest
@@ -257,16 +256,45 @@ def no_statistics(model: nn.Module) -> None:
         (no_statistics, "a batch norm has no gamma and beta, or no running statistics"),
     ],
 )
-def test_norms_that_no_kernel_has_run_plainly_and_it_is_said_once(change, reason, caplog):
+def test_norms_that_no_kernel_has(change, reason):
+    """A named implementation raises; "reference" is the plain model, and so is "auto" (on a CPU, at any rate)."""
     model = without_dropout(random_model(CONFIGS["tiny"])).train()
     change(model)
-    fast = fast_copy(model, impl="cpu")
     views = random_views(model.config, batch=2)
-    with caplog.at_level(logging.INFO, "sdr.fast"):
-        found = [gradients(fast, views) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=rf"grouped\.impl='cpu' cannot run: {reason}"):
+        fast_copy(model, impl="cpu")(views)
     expected = gradients(model, views)
-    assert all(torch.equal(value, expected[name]) for name, value in found[0].items())
-    assert [record.message.partition(": ")[2].startswith(reason) for record in caplog.records] == [True]
+    for impl in ("reference", "auto"):
+        found = gradients(fast_copy(model, impl=impl), views)
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_gradient_of_the_views_is_the_references():
+    model = random_model(CONFIGS["tiny"])
+    views = random_views(model.config, batch=1).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run: the kernels have no gradient for the views"):
+        fast_copy(model, impl="cpu")(views)
+
+
+def test_an_empty_batch_in_evaluation(impl, device):
+    model = random_model(CONFIGS["tiny"], device)
+    views = random_views(model.config, batch=2, device=device)[:0]
+    assert fast_copy(model, impl=impl)(views).logits.shape == (0,)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_backward_within_autocast_is_that_behind_it(scheme):
+    model = without_dropout(random_model(CONFIGS["tiny"])).train()
+    fast, views = fast_copy(model, scheme=scheme, impl="cpu"), random_views(model.config, batch=2)
+    found = []
+    for inside in (False, True):
+        fast.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = fast.branch_tokens(views)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            tokens.float().square().sum().backward()
+        found.append([p.grad.clone() for p in fast.branches.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_synchronised_norm_asks_for_processes():
@@ -280,6 +308,7 @@ def test_a_synchronised_norm_asks_for_processes():
     [
         ("scheme", "eager", "scheme must be one of gram, fused"),
         ("impl", "cuda", "impl must be one of auto, reference, cpu, triton"),
+        ("recompute", "res2", "recompute must be a list of parts, got 'res2'"),
         ("recompute", ("res6",), "recompute must name parts of stem, res2"),
     ],
 )

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from normed import assert_errs_like_eager, cases, make_conv, results
+from normed import assert_errs_like_eager, cases, make_conv, results, widened
 
 from sdr_kernels import NormedBottleneck, normed_bottleneck
 
@@ -102,6 +102,18 @@ def test_gradcheck_in_float64(shape, scheme):
         return normed_bottleneck(x, NormedBottleneck(*layers, *block[4:]), scheme=scheme, impl="cpu").out
 
     torch.autograd.gradcheck(function, [x, *tensors])
+
+
+@pytest.mark.parametrize("bn", ["batch", "frozen"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_formulas_are_exact_in_float64(shape, scheme, bn):
+    x, block = make_inputs(shape, torch.device("cpu"))
+    x, block = x.detach().double().requires_grad_(), widened(block)
+    exact = results(normed_bottleneck, x, block, None, bn=bn, impl="reference")
+    found = results(normed_bottleneck, x, block, None, bn=bn, scheme=scheme, impl="cpu")
+    for name, truth in exact.items():
+        assert (found[name] - truth).norm() <= 1e-10 * truth.norm() + 1e-10, name
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

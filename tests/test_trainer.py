@@ -263,7 +263,7 @@ def test_grouped_branches_train_like_the_reference(data, scheme, precision):
     expected = run(plain, parts)
     torch.manual_seed(1)
     found = run(fast_one, parts)
-    rel = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}[precision]
+    rel = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}[precision]
     assert [row["total"] for row in found] == pytest.approx([row["total"] for row in expected], rel=rel)
     before = state(fast_one)
     broken = parts[0]._replace(views=parts[0].views.float() * float("nan"))
@@ -348,9 +348,11 @@ def test_an_update_does_not_wait_for_the_gpu(data):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # PyTorch's own
-def test_compiled_model_gives_the_same_losses(data):
+@pytest.mark.parametrize("implementation", ["reference", "fast"])
+def test_compiled_model_gives_the_same_losses(data, implementation):
     parts = batches(data, 2)
     fields = {"model": model(dropout=0.0, num_branches=1, backbone_stages=1, blocks=(1,))}
+    fields |= {"implementation": implementation, "grouped": GroupedConfig(impl="cpu")}
     parts = [batch._replace(views=batch.views[:, :1]) for batch in parts]
     compiled, plain = run(trainer(compile=True, **fields), parts), run(trainer(**fields), parts)
     for a, b in zip(compiled, plain, strict=True):

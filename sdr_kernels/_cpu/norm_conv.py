@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
-from sdr_kernels._cpu.rows import affine, convolve, normed, pack_code, pool_rows
+from sdr_kernels._cpu.rows import affine, convolve, normed, pack_code, per_channel, pool_rows
 from sdr_kernels._rows import empty_code
 
 
 def conv_moments(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
     out = convolve(normed(x, scale, shift), weight).to(x.dtype)
-    rows = out.transpose(0, 1).flatten(1, 4).double()  # [V, M, C]
-    var, mean = torch.var_mean(rows, 1, correction=0)
-    return out, torch.stack([mean, var], 1)
+    rows = out[:, 0, ..., 0].numel()
+    mean = out.sum((0, 2, 3, 4), dtype=torch.float64) / rows  # [V, C]
+    squares = torch.zeros_like(mean)
+    for clip in out:  # one at a time, to save memory
+        squares += (clip - per_channel(mean)).square().sum((1, 2, 3))
+    return out, torch.stack([mean, squares / rows], 1)
 
 
 def conv_norm(

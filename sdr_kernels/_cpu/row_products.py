@@ -8,8 +8,11 @@ from sdr_kernels._cpu.rows import flat, gradient_rows, normed, per_channel, shif
 
 def products(x: Tensor, g: Tensor) -> Tensor:
     """[B, V, T, H, W, K] and [B, V, T, H, W, N] to [V, K, N], float64."""
-    # in float64 too: the differences that statistics are made of would show a float32 sum
-    return (flat(x.double()).transpose(-1, -2) @ flat(g.double())).sum(0)
+    total = x.new_zeros((x.shape[1], x.shape[-1], g.shape[-1]), dtype=torch.float64)
+    # in float64: the differences that statistics are made of would show a float32 sum; clip by clip, to save memory
+    for x_clip, g_clip in zip(flat(x), flat(g), strict=True):
+        total.baddbmm_(x_clip.double().transpose(-1, -2), g_clip.double())
+    return total
 
 
 def row_products(

@@ -11,6 +11,33 @@ from sdr_kernels._triton.temporal_conv3d import relu
 
 
 @triton.jit
+def pooled_rows(T, H, W, POOL: tl.constexpr):
+    """Rows of T x H x W after a pool."""
+    if POOL == 1:
+        rows = T * tl.cast(H, tl.int64) * W
+    elif POOL == 2:
+        rows = (T // 2) * tl.cast(H, tl.int64) * W
+    else:
+        rows = T * tl.cast(H // 2, tl.int64) * (W // 2)
+    return rows
+
+
+@triton.jit
+def code_bytes(C):
+    """Bytes that hold a row's code."""
+    return (tl.cast(C, tl.int64) + 3) // 4
+
+
+@triton.jit
+def at(ptr, offset):
+    """The pointer moved on; None stays None."""
+    moved = None
+    if ptr is not None:
+        moved = ptr + offset
+    return moved
+
+
+@triton.jit
 def load_values(ptr, columns, C):
     """One value a channel as a row, [1, N] float32; None stays None."""
     values = None
@@ -75,7 +102,7 @@ def load_code(code_ptr, pooled, read, columns, mask, quads, C):
     pooled: [M] of code_ptr's rows; read: [M], where there is one; columns: [N], mask: [M, N], for bytes read once a
     channel; quads: [N / 4], the bytes themselves, where columns follow each other from a multiple of 4, or None.
     """
-    bytes_of_code = (tl.cast(C, tl.int64) + 3) // 4
+    bytes_of_code = code_bytes(tl.cast(C, tl.int64))
     if quads is None:
         packed = tl.load(code_ptr + (pooled[:, None] * bytes_of_code + columns[None, :] // 4), mask=mask, other=0)
         code = packed.to(tl.int32) >> (columns[None, :] % 4 * 2).to(tl.int32)

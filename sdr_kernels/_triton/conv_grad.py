@@ -18,34 +18,16 @@ from sdr_kernels._cases import BRANCHES, FRAMES, PRECISIONS, AuditCase, Block, r
 from sdr_kernels._cpu import conv_grad as plain
 from sdr_kernels._rows import pooled_size
 from sdr_kernels._tiles import choose_tile, precision_class, width_class
-from sdr_kernels._triton._rows import before_pool, load_code, load_gradient, load_values, normed
-
-
-@triton.jit
-def pooled_rows(T, H, W, POOL: tl.constexpr):
-    """Rows of T x H x W after a pool."""
-    if POOL == 1:
-        rows = T * tl.cast(H, tl.int64) * W
-    elif POOL == 2:
-        rows = (T // 2) * tl.cast(H, tl.int64) * W
-    else:
-        rows = T * tl.cast(H // 2, tl.int64) * (W // 2)
-    return rows
-
-
-@triton.jit
-def code_bytes(C):
-    """Bytes that hold a row's code."""
-    return (tl.cast(C, tl.int64) + 3) // 4
-
-
-@triton.jit
-def at(ptr, offset):
-    """The pointer moved on; None stays None."""
-    moved = None
-    if ptr is not None:
-        moved = ptr + offset
-    return moved
+from sdr_kernels._triton._rows import (
+    at,
+    before_pool,
+    code_bytes,
+    load_code,
+    load_gradient,
+    load_values,
+    normed,
+    pooled_rows,
+)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from sdr_kernels._cases import BRANCHES, PRECISIONS, AuditCase, randn
 from sdr_kernels._cpu import norm_conv as plain
 from sdr_kernels._rows import empty_code, empty_pooled, wide
 from sdr_kernels._tiles import choose_tile, precision_class, width_class
-from sdr_kernels._triton._rows import before_pool, load_values, normed, pack_code
+from sdr_kernels._triton._rows import before_pool, code_bytes, load_values, normed, pack_code, pooled_rows
 from sdr_kernels._triton.temporal_conv3d import relu
 
 PROGRAMS = 256  # that share the sums over tiles: enough for a large GPU, whatever the GPU
@@ -59,16 +59,6 @@ def add_normed_product(
         x = normed(x, inside, load_values(scale_ptr, k0 + k, C_in), load_values(shift_ptr, k0 + k, C_in))
         acc = tl.dot(x, w, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def pooled_rows(T, H, W, POOL: tl.constexpr):
-    """How many rows a pool makes of T x H x W."""
-    if POOL == 2:
-        T = T // 2
-    if POOL == 4:
-        H, W = H // 2, W // 2
-    return T.to(tl.int64) * H * W
 
 
 @triton.jit
@@ -129,7 +119,7 @@ def store_rows(
     tl.store(out_ptr + (rows[:, None] * C + columns[None, :]), out.to(out_ptr.dtype.element_ty), mask=mask)
     if code_ptr is not None:
         code = tl.where((columns < C)[None, :], code, 0)
-        bytes_of_code = (C + 3) // 4
+        bytes_of_code = code_bytes(C)
         columns = column_tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4).to(tl.int64)
         mask = (rows < num_rows)[:, None] & (columns < bytes_of_code)[None, :]
         packed = pack_code(code, BLOCK_M, BLOCK_N)

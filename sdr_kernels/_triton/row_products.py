@@ -17,20 +17,12 @@ from sdr_kernels._cases import BRANCHES, PRECISIONS, AuditCase, randn
 from sdr_kernels._cpu import row_products as plain
 from sdr_kernels._rows import pooled_size, wide
 from sdr_kernels._tiles import choose_tile, precision_class
-from sdr_kernels._triton._rows import load_gradient, load_values, normed
+from sdr_kernels._triton._rows import at, load_gradient, load_values, normed
 
 PROGRAMS = 1024  # enough to fill a large GPU several times over, whatever the GPU: the result must not depend on it
 CHAIN = 16384  # rows that a program sums at most, in float32: tensor cores cut a sum off every 16, 2e-5 of it in all
 FEWEST = 8  # row tiles of a program at least: what it writes should be little beside what it reads
 READS = 4  # of gradient rows, by so many tiles and taps, from which on it is less to read if they are written out first
-
-
-@triton.jit
-def advanced(ptr, offset):
-    """ptr + offset; None stays None."""
-    if ptr is not None:
-        ptr += offset
-    return ptr
 
 
 @triton.jit
@@ -86,13 +78,13 @@ def _row_products_kernel(
     c_in = (tile // column_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tile % column_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     quads = (tile % column_tiles).to(tl.int64) * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-    scale = upright(load_values(advanced(scale_ptr, branch * C_in), c_in, C_in))
-    shift = upright(load_values(advanced(shift_ptr, branch * C_in), c_in, C_in))
-    x_center = upright(load_values(advanced(center_ptr, branch * C_in), c_in, C_in))
-    factor = load_values(advanced(coef_ptr, branch * C_out), columns, C_out)
-    slope = load_values(advanced(coef_ptr, (V + branch) * C_out), columns, C_out)
-    offset = load_values(advanced(coef_ptr, (2 * V + branch) * C_out), columns, C_out)
-    center = load_values(advanced(coef_ptr, (3 * V + branch) * C_out), columns, C_out)
+    scale = upright(load_values(at(scale_ptr, branch * C_in), c_in, C_in))
+    shift = upright(load_values(at(shift_ptr, branch * C_in), c_in, C_in))
+    x_center = upright(load_values(at(center_ptr, branch * C_in), c_in, C_in))
+    factor = load_values(at(coef_ptr, branch * C_out), columns, C_out)
+    slope = load_values(at(coef_ptr, (V + branch) * C_out), columns, C_out)
+    offset = load_values(at(coef_ptr, (2 * V + branch) * C_out), columns, C_out)
+    center = load_values(at(coef_ptr, (3 * V + branch) * C_out), columns, C_out)
     row_tiles = tl.cdiv(tl.cast(num_rows, tl.int64), BLOCK_K).to(tl.int32)
     first, end = share(split, splits, B, row_tiles)
     acc = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
@@ -105,8 +97,8 @@ def _row_products_kernel(
         x = load_normed(x_ptr + clip * num_rows * C_in, x_rows, c_in, inside, scale, shift, x_center, C_in)
         pooled = clip * pooled_rows
         g = load_gradient(
-            d_ptr + pooled * C_out, advanced(y_ptr, pooled * C_out), advanced(code_ptr, pooled * code_bytes),
-            advanced(z_ptr, clip * num_rows * C_out), factor, slope, offset, center, rows, columns,
+            d_ptr + pooled * C_out, at(y_ptr, pooled * C_out), at(code_ptr, pooled * code_bytes),
+            at(z_ptr, clip * num_rows * C_out), factor, slope, offset, center, rows, columns,
             inside[:, None] & (columns < C_out)[None, :], C_out, T, H, W, POOL, quads,
         )  # fmt: skip
         if sums_ptr is not None:
@@ -136,10 +128,10 @@ def _gradient_rows_kernel(
     V = tl.cast(V, tl.int64)
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     quads = tl.program_id(0).to(tl.int64) * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-    factor = load_values(advanced(coef_ptr, branch * C), columns, C)
-    slope = load_values(advanced(coef_ptr, (V + branch) * C), columns, C)
-    offset = load_values(advanced(coef_ptr, (2 * V + branch) * C), columns, C)
-    center = load_values(advanced(coef_ptr, (3 * V + branch) * C), columns, C)
+    factor = load_values(at(coef_ptr, branch * C), columns, C)
+    slope = load_values(at(coef_ptr, (V + branch) * C), columns, C)
+    offset = load_values(at(coef_ptr, (2 * V + branch) * C), columns, C)
+    center = load_values(at(coef_ptr, (3 * V + branch) * C), columns, C)
     row_tiles = tl.cdiv(tl.cast(num_rows, tl.int64), BLOCK_K).to(tl.int32)
     first, end = share(split, splits, B, row_tiles)
     sums = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
@@ -149,8 +141,8 @@ def _gradient_rows_kernel(
         mask = (rows < num_rows)[:, None] & (columns < C)[None, :]
         pooled, clip_row = clip * pooled_rows, clip * num_rows
         g = load_gradient(
-            d_ptr + pooled * C, advanced(y_ptr, pooled * C), advanced(code_ptr, pooled * code_bytes),
-            advanced(z_ptr, clip_row * C), factor, slope, offset, center, rows, columns, mask, C, T, H, W, POOL, quads,
+            d_ptr + pooled * C, at(y_ptr, pooled * C), at(code_ptr, pooled * code_bytes),
+            at(z_ptr, clip_row * C), factor, slope, offset, center, rows, columns, mask, C, T, H, W, POOL, quads,
         )  # fmt: skip
         sums += g
         tl.store(out_ptr + ((clip_row + rows)[:, None] * C + columns[None, :]), g.to(out_ptr.dtype.element_ty), mask)
@@ -174,12 +166,12 @@ def _covariance_kernel(
     split = tl.program_id(2).to(tl.int64)
     left = left_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     right = right_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    left_scale = upright(load_values(advanced(scale_ptr, branch * C), left, C))
-    left_shift = upright(load_values(advanced(shift_ptr, branch * C), left, C))
-    left_center = upright(load_values(advanced(center_ptr, branch * C), left, C))
-    right_scale = upright(load_values(advanced(scale_ptr, branch * C), right, C))
-    right_shift = upright(load_values(advanced(shift_ptr, branch * C), right, C))
-    right_center = upright(load_values(advanced(center_ptr, branch * C), right, C))
+    left_scale = upright(load_values(at(scale_ptr, branch * C), left, C))
+    left_shift = upright(load_values(at(shift_ptr, branch * C), left, C))
+    left_center = upright(load_values(at(center_ptr, branch * C), left, C))
+    right_scale = upright(load_values(at(scale_ptr, branch * C), right, C))
+    right_shift = upright(load_values(at(shift_ptr, branch * C), right, C))
+    right_center = upright(load_values(at(center_ptr, branch * C), right, C))
     row_tiles = tl.cdiv(tl.cast(num_rows, tl.int64), BLOCK_K).to(tl.int32)
     first, end = share(split, splits, B, row_tiles)
     acc = tl.zeros((BLOCK_M, BLOCK_M), partial_ptr.dtype.element_ty)

@@ -223,9 +223,8 @@ def patch_covariance(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     tile = choose_tile(f"patch_covariance {precision_class(x.dtype)}", B * V * T * H * W, x.device)
     partial = wide(x, triton.cdiv(B * triton.cdiv(H * W, tile["BLOCK_M"]), tile["SHARE"]), V, 16, 16)
     pivot = None
-    if (
-        x.dtype == torch.float32
-    ):  # whose products, unlike those of half precision, are not exact: better of small values
+    # products of float32, unlike those of half precision, are not exact: better of small values
+    if x.dtype == torch.float32:
         # of a copy: the order of a sum in torch, and so its last bit, depends on strides
         pivot = x[0, :, :, 0].contiguous().mean((-2, -1)).nan_to_num(0, 0, 0)
     with torch.cuda.device_of(x):
