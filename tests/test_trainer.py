@@ -348,6 +348,7 @@ def test_an_update_does_not_wait_for_the_gpu(data):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # PyTorch's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
 @pytest.mark.parametrize("implementation", ["reference", "fast"])
 def test_compiled_model_gives_the_same_losses(data, implementation):
     parts = batches(data, 2)
