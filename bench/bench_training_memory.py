@@ -91,8 +91,8 @@ def bench_saved_bytes(benchmark, scheme, capsys):
             assert measured[part] == pytest.approx(FRAMES * a_frame[part] + a_step[part], rel=1e-3)
     total = sum(clip.values())
     benchmark.extra_info.update(bytes_per_clip=clip, total=total, bytes_per_step=BRANCHES * sum(a_step.values()))
+    parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in clip.items())
+    step = BRANCHES * sum(a_step.values()) / 1e9
     with capsys.disabled():
-        parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in clip.items())
-        step = BRANCHES * sum(a_step.values()) / 1e9
-        print(f"\n{scheme}: {total / 1e9:.2f} GB a clip of {BRANCHES} branches ({parts}), and {step:.2f} GB a step")
+        print(f"\n{scheme}: {total / 1e9:.2f} GB a clip of {BRANCHES} branches ({parts}), {step:.2f} GB of any batch")
     assert total <= LIMITS.get(scheme, float("inf"))

@@ -73,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, help="the curves as CSV")
     options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error(f"--steps must be at least 2, got {options.steps}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before a launcher imports Triton

@@ -249,7 +249,7 @@ class GroupedConfig:
     impl: Literal["auto", "reference", "cpu", "triton"] = "auto"
 
     def __post_init__(self) -> None:
-        check(not isinstance(self.recompute, str), "recompute", "be a list of parts", self.recompute)
+        check(isinstance(self.recompute, (list, tuple)), "recompute", "be a list of parts", self.recompute)
         object.__setattr__(self, "recompute", tuple(self.recompute))
         check_choice("scheme", self.scheme, ("gram", "fused"))
         check_choice("impl", self.impl, ("auto", "reference", "cpu", "triton"))

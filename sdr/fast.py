@@ -110,7 +110,7 @@ class SDRModel(reference.SDRModel):
         if reason := self._why_reference(views, branches):
             if impl not in ("auto", "reference"):
                 raise RuntimeError(f"grouped.impl={impl!r} cannot run: {reason}")
-            level = logging.WARNING if kind == "cuda" and impl == "auto" else logging.INFO
+            level = logging.WARNING if impl == "auto" and self.training else logging.INFO
             self._runtime.log(level, f"plain PyTorch runs the branches: {reason}")
             return super().branch_tokens(views)
         with torch.autocast(kind, enabled=False):

@@ -10,6 +10,7 @@ from sdr.config import GroupedConfig
 from sdr.ftcn import Backbone, Bottleneck
 from sdr.sync_norm import SyncBatchNorm3d
 from sdr_kernels import Normed, NormedBottleneck, NormedConv, Statistics, normed_bottleneck, normed_stem
+from sdr_kernels._ops import why_not
 
 
 def norms_of(branches: Sequence[Backbone]) -> list[nn.Module]:
@@ -39,6 +40,15 @@ def why_not_grouped(branches: Sequence[Backbone]) -> str:
         return "some batch norms are in training and some are not"
     if len({(norm.eps, norm.momentum) for norm in norms}) > 1 or norms[0].momentum is None:
         return "batch norms have several eps or momenta, or a momentum of None"
+    return ""
+
+
+def why_not_impl(config: GroupedConfig, device: torch.device) -> str:
+    """Empty where the named implementation runs on a device, else the reason why not; "auto" and "reference" do."""
+    if config.impl == "triton":
+        return why_not("triton", device)
+    if config.impl == "cpu" and device.type != "cpu":
+        return f"it needs CPU tensors, got {device}"
     return ""
 
 

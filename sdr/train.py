@@ -34,6 +34,7 @@ from sdr.evaluate import (
     video_scores,
 )
 from sdr.files import claim_folder, file_digest, make_folder, sole_writer, write_atomic
+from sdr.grouped import why_not_impl
 from sdr.loading import Batch, TrainingLoader
 from sdr.run_log import RunLog
 from sdr.run_results import write_results
@@ -89,8 +90,9 @@ def train(
         The weights, the best validation's metrics, and whether the run has come to its end.
 
     Raises:
-        SDRError: the clips are not of the model's size or of one class only, a clip cannot be read, ``out`` holds
-            something else, too many updates in a row had no finite loss, memory or the disk is full.
+        SDRError: the named kernels cannot run on the device, the clips are not of the model's size or of one class
+            only, a clip cannot be read, ``out`` holds something else, too many updates in a row had no finite loss,
+            memory or the disk is full.
     """
     for cache in filter(None, (data, validation)):
         require_shape(cache, config.shape)
@@ -98,6 +100,7 @@ def train(
     out = Path(out)
     with deterministic(config.deterministic), ExitStack() as held:
         fabric = make_fabric(config, torch.device(device))
+        require_kernels(config, fabric.device)
         done: dict | SDRError | None = None
         if fabric.global_rank == 0:
             try:
@@ -112,6 +115,15 @@ def train(
         with refusals(config, fabric.device), Run(config, data, validation, out, fabric, origin=origin) as run:
             finished = run(progress, stop)
     return TrainResult(out / WEIGHTS, run.best_metrics, finished)
+
+
+def require_kernels(config: TrainConfig, device: torch.device) -> None:
+    """Raise SDRError where the fast model's named implementation cannot train on the device."""
+    impl = config.grouped.impl
+    if config.implementation == "fast" and impl in ("cpu", "triton"):
+        sideways = "" if config.model.spatial_kernel == 1 else "the kernels are for spatial_kernel 1"
+        if reason := sideways or why_not_impl(config.grouped, device):
+            raise SDRError("options", f"grouped.impl {impl!r} cannot run: {reason}")
 
 
 @contextmanager

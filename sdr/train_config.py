@@ -103,9 +103,7 @@ class TrainConfig:
         check_choice("architecture", self.architecture, ("sdr", "ftcn"))
         check_choice("implementation", self.implementation, ("reference", "fast"))
         check_choice("bn", self.bn, ("batch", "sync", "frozen"))
-        check(
-            self.bn != "frozen" or self.init is not None, "bn", "be frozen only where init brings statistics", self.bn
-        )
+        check(self.bn != "frozen" or self.init is not None, "bn", "be batch or sync without init", self.bn)
         check_choice("precision", self.precision, ("fp32", "bf16", "fp16"))
         check_choice("strategy", self.strategy, ("ddp", "fsdp"))
         parts = 2 * self.accumulate
@@ -120,6 +118,10 @@ class TrainConfig:
         check(0 <= self.warmup <= self.epochs, "warmup_epochs", "lie in 0..epochs", self.warmup_epochs)
         plain = "reference" if self.architecture == "ftcn" or self.strategy == "fsdp" else self.implementation
         check(plain == self.implementation, "implementation", "be reference for ftcn and fsdp", self.implementation)
+        parts = {"stem", *(f"res{i + 2}" for i in range(self.model.backbone_stages))}
+        check(
+            set(self.grouped.recompute) <= parts, "grouped.recompute", "name the model's parts", self.grouped.recompute
+        )
         recomputed = self.recompute or (self.implementation == "fast" and self.grouped.recompute)
         check(not (self.compile and recomputed), "compile", "be false with recompute", self.compile)
         sound = self.strategy == "ddp" or self.precision != "fp16"

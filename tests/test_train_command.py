@@ -239,3 +239,23 @@ def test_the_settings_are_kept_as_json(tmp_path, cache):
     assert (kept.pop("preset"), kept.pop("methods")) == ("tiny", None)
     expected = to_json(config(model=model(), epochs=2, log_every=2, checkpoint_every=500, warmup_epochs=None))
     assert kept == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--grouped.impl", "triton"), "grouped.impl 'triton' cannot run: no GPU"),
+        (
+            ("--grouped.impl", "cpu", "--model.spatial_kernel", "3"),
+            "grouped.impl 'cpu' cannot run: the kernels",
+        ),
+    ],
+)
+def test_kernels_that_cannot_run_are_refused_before_anything_is_written(
+    cache, tmp_path, capsys, monkeypatch, words, reason
+):
+    monkeypatch.setattr("sdr.grouped.why_not", lambda impl, device: "no GPU")  # here they are interpreted
+    out = tmp_path / "run"
+    assert sdr("train", "--data", cache, "--out", str(out), *SMALL, "--implementation", "fast", *words) == 2
+    assert reason in capsys.readouterr().err
+    assert not out.exists()

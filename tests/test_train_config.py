@@ -37,8 +37,9 @@ def test_presets_train_the_model_of_their_name():
         ({"compile": 1}, "compile must be true or false"),
         ({"architecture": "ftcn", "implementation": "fast"}, "implementation must be reference for ftcn"),
         ({"compile": True, "recompute": True}, "compile must be false with recompute"),
-        ({"bn": "frozen"}, "bn must be frozen only where init brings statistics"),
+        ({"bn": "frozen"}, "bn must be batch or sync without init"),
         ({"bn": "none"}, "bn must be one of batch, sync, frozen"),
+        ({"grouped": GroupedConfig(recompute=("res5",))}, "grouped.recompute must name the model's parts"),
         (
             {"compile": True, "implementation": "fast", "grouped": GroupedConfig(recompute=("res2",))},
             "compile must be false with recompute",
