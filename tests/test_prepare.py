@@ -633,7 +633,9 @@ def test_a_worker_that_is_killed_is_one_line(dataset, tmp_path):
     deadline = time.monotonic() + 60
     while not list((tmp_path / "cache").rglob("*.tar")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    workers = [pid for pid in children(process.pid) if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    # the command's own: a worker's decoding process has its name too until it has become another program
+    own = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in own if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(workers[-1], signal.SIGKILL)
     _, printed = process.communicate()
     assert process.returncode == 2
