@@ -75,7 +75,7 @@ def _fake_conv_grad(
     return d.new_empty((d.shape[0], V, *size, C)), wide(d, V, 2, C if z_center is not None else 0)
 
 
-def _fake_stem(x, weight, scale, shift):
+def empty_stem(x, weight, scale, shift):
     B, V, _, T, H, W = x.shape
     out = weight.new_empty((B, V, T, (H // 2 + 1) // 2, (W // 2 + 1) // 2, weight.shape[1]))
     return out, torch.empty_like(out, dtype=torch.uint8)
@@ -159,7 +159,7 @@ stem_max = register(
     "stem_training",
     "stem_max",
     "(Tensor x, Tensor weight, Tensor scale, Tensor shift, str impl) -> (Tensor, Tensor)",
-    fake=_fake_stem,
+    fake=empty_stem,
 )
 # sums over the stem's results of d, where y > 0, times the patch of the pixel that code names, [V, C, 3k]; and of d
 # where y > 0, [V, C]

@@ -37,3 +37,10 @@ KERNEL_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.i
 def dtype(request):
     """Every dtype that kernels can be tested in on this machine."""
     return request.param
+
+
+# the CPU's own implementations take CPU tensors, so where kernels are tested on a GPU there is nothing for them to do
+@pytest.fixture(params=["triton"] if torch.cuda.is_available() else ["triton", "cpu"])
+def impl(request):
+    """Every implementation of the ops of training that can be tested on this machine."""
+    return request.param

@@ -17,13 +17,6 @@ from sdr.sync_norm import SyncBatchNorm3d
 SCHEMES = ["gram", "fused"]
 
 
-@pytest.fixture(params=["triton", "cpu"])
-def impl(request, device):
-    if request.param == "cpu" and device.type != "cpu":
-        pytest.skip("the CPU's own implementation takes CPU tensors")
-    return request.param
-
-
 def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):

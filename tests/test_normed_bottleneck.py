@@ -33,13 +33,6 @@ def make_inputs(shape, device, dtype=torch.float32, **values):
     return x, NormedBottleneck(**convs, pool=pool, time_pool=time_pool)
 
 
-@pytest.fixture(params=["triton", "cpu"])
-def impl(request, device):
-    if request.param == "cpu" and device.type != "cpu":
-        pytest.skip("the CPU's own implementation takes CPU tensors")
-    return request.param
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("shape", "impl", "dtype"), cases(SHAPES), ids=str)
 def test_errs_like_eager(shape, impl, dtype, scheme, device):

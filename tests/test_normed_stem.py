@@ -25,13 +25,6 @@ def make_inputs(shape, device, dtype=torch.float32, *, per_branch=True, **values
     return x, make_conv(V, 3, C, k, dtype, device, **values)
 
 
-@pytest.fixture(params=["triton", "cpu"])
-def impl(request, device):
-    if request.param == "cpu" and device.type != "cpu":
-        pytest.skip("the CPU's own implementation takes CPU tensors")
-    return request.param
-
-
 @pytest.mark.parametrize(("shape", "impl", "dtype"), cases(SHAPES), ids=str)
 def test_errs_like_eager(shape, impl, dtype, device):
     draws = 1 if shape[4] == 64 else 3  # the kernel has a program for each frame, which takes long to interpret

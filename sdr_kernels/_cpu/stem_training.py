@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdr_kernels._cpu.rows import widen
-from sdr_kernels._rows import _fake_stem
+from sdr_kernels._rows import empty_stem
 
 
 def _patches(x: Tensor, kernel_size: int) -> Tensor:
@@ -29,7 +29,7 @@ def patch_covariance(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
 
 def stem_max(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) == 0:
-        return _fake_stem(x, weight, scale, shift)
+        return empty_stem(x, weight, scale, shift)
     outs, codes = [], []
     for clip in x:
         results = [_stem_max(*each, x.dtype) for each in zip(clip, widen(weight), scale, shift, strict=True)]
