@@ -46,16 +46,16 @@ def error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> flo
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("preset", ["paper", "ftcn_released", "tiny", "shared", "one branch"])
-def test_gradients_err_like_eager(preset, scheme, impl, device):
+def test_gradients_err_like_eager(preset, scheme, impl, dtype, device):
     """Against float64, in the median of draws: a pool that is nearly tied sends a gradient elsewhere by chance."""
     config, draws = CONFIGS[preset], 5
     if impl == "triton" and device.type == "cpu":  # interpreted
-        V, draws = min(2, config.num_branches), 3 if preset in ("ftcn_released", "tiny") else 1
+        V, draws = min(2, config.num_branches), 1 if (preset, dtype) == ("paper", torch.float32) else 3
         config = replace(config, num_branches=V, num_frames=2, blocks=(1, 2, 1, 1))
     ratios = []
     for _ in range(draws):
-        model = without_dropout(random_model(config, device)).train()
-        views = random_views(config, batch=3, device=device)
+        model = without_dropout(random_model(config, device)).to(dtype).train()
+        views = random_views(config, batch=3, device=device).to(dtype)
         found = gradients(fast_copy(model, scheme=scheme, impl=impl), views)
         eager = gradients(model, views)
         exact = gradients(copy.deepcopy(model).double(), views.double())
