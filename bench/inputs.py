@@ -1,11 +1,11 @@
 """Models and inputs of the GPU run: random, but with no dead branch and no value out of range."""
 
 import torch
-from layers import Layer, Linear, Shape
 from torch import Tensor, nn
 
 from sdr import SDRConfig, SDRModel
 from sdr.ftcn import Bottleneck
+from sdr.layers import Layer, Linear, Shape
 
 SEED = 0
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from ceilings import measure
 from ledger import NOT_MEASURED, Ledger
 from machine import Machine
 from torch import Tensor
@@ -55,7 +54,7 @@ def launches(call: Callable[[], object]) -> int:
 def time_call(call: Callable[[], object], machine: Machine) -> dict[str, object]:
     """Seconds, launches and the most memory beyond the inputs'."""
     machine.release()
-    result = measure(call, machine.device, limit_s=LIMIT_S)
+    result = machine.measure(call, limit_s=LIMIT_S)
     if machine.device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,10 @@ from pathlib import Path
 import torch
 
 from sdr import SDRConfig, ftcn_released, paper
+from sdr.timing import REPEATS, Call, Ceilings, measure
 
 ROOT = Path(__file__).resolve().parent.parent
+REHEARSED = 3  # repeats
 # as many stages and kinds of block as the presets, small enough for one core
 SMALL = {
     "num_branches": 2,
@@ -81,9 +84,12 @@ class Machine:
     def rates(self) -> tuple[float, float] | None:
         """Measured FLOP/s and bytes/s; None where the ceilings were not measured."""
         ceilings = self.results("ceilings").get("ceilings")
-        if not isinstance(ceilings, dict):
-            return None
-        return ceilings["matmul_flops_per_s"], ceilings["copy_bytes_per_s"]
+        return Ceilings(**ceilings).rates(self.half) if isinstance(ceilings, dict) else None
+
+    def measure(self, calls: Call | Sequence[Call], *, limit_s: float, wall: bool = False) -> dict[str, float | int]:
+        """As :func:`sdr.timing.measure`; of the rehearsal's times none means anything, so it takes few."""
+        repeats = REHEARSED if self.rehearsal else REPEATS
+        return measure(calls, self.device, repeats=repeats, limit_s=limit_s, wall=wall)
 
 
 def output_of(*command: str) -> str:

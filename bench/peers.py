@@ -6,9 +6,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from ceilings import measure
 from inputs import random_model, random_rows, random_views
-from layers import shapes_of
 from ledger import Ledger
 from machine import Machine
 from timings import CLIPS
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from sdr import SDRModel
 from sdr.ftcn import Backbone, Bottleneck
+from sdr.layers import shapes_of
 from sdr.model import SDROutput
 
 LIMIT_S = 3.0  # of one measurement
@@ -134,7 +133,7 @@ def time_blocks(ledger: Ledger, machine: Machine, clips: int) -> None:
         "grouped conv3d bf16 channels_last_3d": partial(GroupedBottleneck(blocks).eval(), joined),
     }
     for name, call in calls.items():
-        timed = partial(measure, call, machine.device, limit_s=LIMIT_S)
+        timed = partial(machine.measure, call, limit_s=LIMIT_S)
         ledger.attempt(f"block {BLOCK}, {clips} clips: {name}", timed, needs_s=LIMIT_S)
 
 
@@ -145,7 +144,7 @@ def time_peer(
     machine.release()
     with torch.inference_mode():
         call = build(model, views)
-    result = measure(call, machine.device, limit_s=LIMIT_S)
+    result = machine.measure(call, limit_s=LIMIT_S)
     return {"clips": len(views), "clips_per_s": len(views) / result["median_s"], **result}
 
 

@@ -4,14 +4,15 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
-from ceilings import measure, synchronise
 from inputs import random_views
-from layers import layers_of
 from ledger import Ledger
 from machine import Machine
 from timings import CLIPS, LIMIT_S, fast_model
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from sdr.layers import layers_of
+from sdr.timing import synchronise
 
 PASSES = 3
 OPS = ("temporal_stem", "temporal_bottleneck", "temporal_conv3d", "spatial_mean", "norm_linear", "token_attention")
@@ -58,7 +59,7 @@ def profile_model(clips: int, machine: Machine) -> dict[str, object]:
     views = random_views(config, clips, machine.device, machine.half)
     cpu = machine.device.type == "cpu"
     call = partial(model, views)
-    median_s = measure(call, machine.device, limit_s=LIMIT_S)["median_s"]
+    median_s = machine.measure(call, limit_s=LIMIT_S)["median_s"]
     activity = ProfilerActivity.CPU if cpu else ProfilerActivity.CUDA
     with torch.inference_mode(), profile(activities=[activity]) as run:
         for _ in range(PASSES):

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from inputs import bottleneck_inputs, folded, random_rows
-from layers import Shape
 from ledger import NOT_MEASURED, Ledger, measured, run_limited
 from machine import ROOT, Machine
 from torch import Tensor
 
 import sdr_kernels
+from sdr.layers import Shape
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
 from sdr_kernels._cuda.loader import why_not_cuda
 

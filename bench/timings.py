@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from ceilings import measure, rotation
 from inputs import layer_inputs, random_model, random_views
-from layers import Layer, distinct, layers_of
 from ledger import Ledger, measured
 from machine import ROOT, SMALL, Machine
 
 import sdr_kernels
 from sdr import SDRConfig
 from sdr.fast import SDRModel as FastSDRModel
+from sdr.layers import Layer, distinct, layers_of
+from sdr.timing import rotation
 
 CLIPS = 16
 FRAMES = (8, 16, 32, 64, 128)
@@ -59,7 +59,7 @@ def time_model(
     views = random_views(model.config, clips, machine.device, dtype)
     if not packed:
         views = views.contiguous()
-    result = measure(lambda: model(views), machine.device, limit_s=LIMIT_S, wall=wall)
+    result = machine.measure(lambda: model(views), limit_s=LIMIT_S, wall=wall)
     layers = layers_of(model.config, clips, input_itemsize=views.element_size())
     result = against_floor(result, layers, machine)
     return {"clips": clips, "clips_per_s": clips / result["median_s"], **result}
@@ -103,7 +103,7 @@ def op_calls(layer: Layer, config: SDRConfig, clips: int, machine: Machine) -> l
     """Calls of a layer's op, on as many sets of inputs as it takes for none to stay in the cache."""
     function = getattr(sdr_kernels, layer.op)
     calls = []
-    for _ in range(rotation(layer.bytes, machine.device)):
+    for _ in range(1 if machine.rehearsal else rotation(layer.bytes, machine.device)):
         positional, named = layer_inputs(layer, config, clips, machine.device, machine.half)
         calls.append(partial(function, *positional, **named))
     return calls
@@ -113,7 +113,7 @@ def time_op(layer: Layer, count: int, config: SDRConfig, clips: int, machine: Ma
     """Seconds of one layer's op; ``count`` layers of the network are of its sizes."""
     machine.release()
     calls = op_calls(layer, config, clips, machine)
-    result = against_floor(measure(calls, machine.device, limit_s=LIMIT_S), [layer], machine)
+    result = against_floor(machine.measure(calls, limit_s=LIMIT_S), [layer], machine)
     if machine.rates is not None:
         result["bound"] = layer.bound(*machine.rates)
     return {"op": layer.op, "count": count, "clips": clips, "inputs": len(calls), **result}

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from ceilings import measure
 from correctness import ALLOWED, relative_error
 from curves import BAND, SMALL, STEPS, apart, compare
 from inputs import random_model, random_views
@@ -53,7 +52,7 @@ def time_step(build: Callable[[], nn.Module], views: Callable[[int], Tensor], cl
             step = training_step(build(), views(clips), machine)
             if machine.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            result = measure(step, machine.device, limit_s=LIMIT_S)
+            result = machine.measure(step, limit_s=LIMIT_S)
         except torch.OutOfMemoryError:
             step = None
             gc.collect()

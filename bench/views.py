@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ceilings import measure, synchronise
 from clips import NoiseClips
 from ledger import NOT_MEASURED, Ledger
 from machine import ROOT, Machine
@@ -21,6 +20,7 @@ from tpa_peers import PEERS, peer_call
 from sdr import SDRError, TPAConfig
 from sdr.decoding import why_no_dali
 from sdr.loading import LoaderConfig, TrainingLoader
+from sdr.timing import synchronise
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD, augment, draw_maps
 from sdr_kernels import clip_views
 
@@ -52,7 +52,7 @@ def with_maps(clips: Tensor) -> Callable[..., Tensor]:
 def time_views(call: Callable[[], object], clips: Tensor, machine: Machine, *, wall: bool = False) -> dict[str, object]:
     """Seconds of a call, clips per second, and bytes of the clips and of their views in 16 bits."""
     machine.release()
-    result = measure(call, machine.device, limit_s=LIMIT_S, wall=wall)
+    result = machine.measure(call, limit_s=LIMIT_S, wall=wall)
     moved = clips.numel() * (1 + 2 * VIEWS)
     rate = {"clips": len(clips), "clips_per_s": len(clips) / result["median_s"]}
     return {**rate, "bytes": moved, "bytes_per_s": moved / result["median_s"], **result}

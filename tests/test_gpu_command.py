@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdr import SDRModel, ftcn_released, paper, tiny
-from sdr.ftcn import Backbone, Bottleneck, Stem
+from sdr import tiny
 
 ROOT = Path(__file__).parent.parent
 GPU = ROOT / "bench" / "gpu.py"
@@ -34,101 +33,6 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(GPU), *arguments], capture_output=True, text=True, check=False, env=env, cwd=ROOT
     )
-
-
-def count_products(module: torch.nn.Module, x: torch.Tensor) -> dict[str, int]:
-    """FLOPs of every convolution and linear layer by name, counted by hooks."""
-    flops = {}
-
-    def hook(name):
-        def count(layer, inputs, output):
-            inner = layer.weight[0].numel()
-            flops[name] = flops.get(name, 0) + 2 * output.numel() * inner
-
-        return count
-
-    for name, layer in module.named_modules():
-        if isinstance(layer, (torch.nn.Conv3d, torch.nn.Linear)):
-            layer.register_forward_hook(hook(name))
-    with torch.inference_mode():
-        module(x)
-    return flops
-
-
-@pytest.mark.parametrize(("preset", "gflop"), [(ftcn_released, 133), (paper, 163)])
-def test_backbone_flops_are_those_of_the_reference(bench, preset, gflop):
-    config = replace(preset(), num_branches=1)
-    with torch.device("meta"):
-        counted = count_products(Backbone(config.branch()).eval(), torch.empty(1, 3, 32, 224, 224))
-    layers = [x for x in bench("layers").layers_of(config, 1) if x.op in ("temporal_stem", "temporal_bottleneck")]
-    for layer in layers:
-        of_layer = sum(flops for name, flops in counted.items() if name.startswith(layer.name + "."))
-        assert layer.flops == of_layer, layer.name
-    assert sum(layer.flops for layer in layers) == sum(counted.values())
-    assert round(sum(counted.values()) / 1e9) == gflop
-
-
-@pytest.mark.parametrize(
-    "change", [{}, {"num_branches": 1}, {"joint_feature": "mlp"}, {"joint_feature": "mean"}, {"depth": 2}], ids=str
-)
-def test_head_flops_are_those_of_the_reference(bench, change):
-    config = replace(tiny(), **change)
-    clip = torch.zeros(2, 3, config.num_frames, config.image_size, config.image_size)
-    counted = count_products(SDRModel(config).eval(), clip)
-    linear = sum(flops for name, flops in counted.items() if not name.startswith("branches"))
-    layers = [layer for layer in bench("layers").layers_of(config, 2) if layer.op == "norm_linear"]
-    assert sum(layer.flops for layer in layers) == linear
-
-
-def test_backbone_bytes_are_those_of_the_reference(bench):
-    """Input, output and weights of every stem and block, and scale and shift of every channel."""
-    config = replace(tiny(), num_branches=1, backbone_stages=3, blocks=(2, 1, 2))
-    backbone = Backbone(config.branch()).eval()
-    counted = {}
-
-    def hook(name):
-        def count(module, inputs, output):
-            convs = [x for x in module.modules() if isinstance(x, torch.nn.Conv3d)]
-            weights = sum(conv.weight.nbytes + 8 * conv.out_channels for conv in convs)
-            last = backbone.time_pool(output) if name == "res2.1" else output
-            counted[name] = inputs[0].nbytes + last.nbytes + weights
-
-        return count
-
-    for name, module in backbone.named_modules():
-        if isinstance(module, (Stem, Bottleneck)):
-            module.register_forward_hook(hook(name))
-    with torch.inference_mode():
-        backbone(torch.zeros(3, 3, config.num_frames, config.image_size, config.image_size))
-    layers = bench("layers").layers_of(config, 3, itemsize=4)
-    assert {layer.name: layer.bytes for layer in layers if layer.name in counted} == counted
-
-
-def test_floors_are_those_of_block_fusion(bench):
-    """About 12 ms for 16 clips of 4 branches on an H200, of which arithmetic is the larger part."""
-    layers = bench("layers").layers_of(ftcn_released(), 16)
-    rates = 790e12, 4.3e12
-    assert sum(layer.floor(*rates) for layer in layers) == pytest.approx(11.7e-3, rel=0.02)
-    bound = {layer.name: layer.bound(*rates) for layer in layers}
-    assert (bound["stem"], bound["res2.1"], bound["res3.0"], bound["spatial_mean"]) == (
-        "memory",
-        "memory",
-        "arithmetic",
-        "memory",
-    )
-
-
-def test_equal_layers_are_timed_once(bench):
-    layers = bench("layers")
-    counts = {layer.name: count for layer, count in layers.distinct(layers.layers_of(ftcn_released(), 1))}
-    assert {name: counts[name] for name in ("res2.0", "res2.1", "res2.2", "res3.1", "res4.1", "res4.2")} == {
-        "res2.0": 1,
-        "res2.1": 1,
-        "res2.2": 1,
-        "res3.1": 2,
-        "res4.1": 3,
-        "res4.2": 2,
-    }
 
 
 def script(code: str) -> tuple[str, ...]:
@@ -436,5 +340,5 @@ def test_an_interrupted_run_leaves_what_was_done(tmp_path):
     assert process.returncode == 130
     (file,) = tmp_path.iterdir()
     steps = json.loads(file.read_text())["steps"]
-    assert steps["ceilings"]["result"]["ceilings"]["copy_bytes_per_s"] > 0
+    assert steps["ceilings"]["result"]["ceilings"]["bytes_per_s"] > 0
     assert steps["peers"]["status"] == "cut off with the run"

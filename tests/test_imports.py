@@ -17,10 +17,10 @@ LAYERS = [
     {"files", "config", "containers", "decoding", "decode_worker_dali", "portraits", "recompute", "sync_norm"},
     {"tpa", "video", "detectors", "bootstrap", "terminal", "page", "run_log", "hub"},
     {"transformer", "faces", "datasets", "dali", "model_card", "published"},
-    {"ftcn", "trfi", "frame_lists", "deepfakebench", "synth_layouts", "clip_cache"},
-    {"model", "graphs", "layouts", "synth", "cache_check", "shortcut"},
-    {"packing", "grouped", "losses", "checkpoint", "loading", "evaluate", "cutting"},
-    {"fast", "prepare", "train_config", "checkpoints"},
+    {"timing", "ftcn", "trfi", "frame_lists", "deepfakebench", "synth_layouts", "clip_cache"},
+    {"model", "layers", "graphs", "layouts", "synth", "cache_check", "shortcut"},
+    {"packing", "passes", "grouped", "losses", "checkpoint", "loading", "evaluate", "cutting"},
+    {"fast", "training_passes", "prepare", "train_config", "checkpoints"},
     {"study_config"},
     {"engine", "objective", "training_report", "score"},
     {"trainer", "report", "run_results"},
@@ -57,7 +57,22 @@ DATA = {
     "frame_lists",
     "synth_layouts",
 }
-MODEL = {"transformer", "ftcn", "trfi", "model", "packing", "grouped", "fast", "losses", "checkpoint", "train", "score"}
+MODEL = {
+    "transformer",
+    "ftcn",
+    "trfi",
+    "model",
+    "layers",
+    "passes",
+    "training_passes",
+    "packing",
+    "grouped",
+    "fast",
+    "losses",
+    "checkpoint",
+    "train",
+    "score",
+}
 MODEL |= {"hub", "evaluate", "objective", "engine", "trainer", "train_config", "model_card"}
 BASE = {"torch", "numpy", "sdr", "sdr_kernels"}
 WORKER = {"av"}  # run as a script of its own

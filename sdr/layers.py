@@ -45,8 +45,23 @@ class Attention:
     head_dim: int
 
 
+class Work:
+    """Something to do, of so many FLOPs and bytes."""
+
+    flops: int
+    bytes: int
+
+    def floor(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Seconds below which it cannot end on a machine of these measured rates."""
+        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+
+    def bound(self, flops_per_s: float, bytes_per_s: float) -> str:
+        """Which of the two sets the floor."""
+        return "arithmetic" if self.flops / flops_per_s > self.bytes / bytes_per_s else "memory"
+
+
 @dataclass(frozen=True)
-class Layer:
+class Layer(Work):
     """One op of the forward pass over all clips and branches."""
 
     name: str  # "stem", "res3.0", "spatial_mean", "qkv"
@@ -55,13 +70,11 @@ class Layer:
     flops: int
     bytes: int
 
-    def floor(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Seconds below which this layer cannot end on a machine of these measured rates."""
-        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
-
-    def bound(self, flops_per_s: float, bytes_per_s: float) -> str:
-        """Which of the two sets the floor."""
-        return "arithmetic" if self.flops / flops_per_s > self.bytes / bytes_per_s else "memory"
+    @property
+    def stage(self) -> str:
+        """The part of the network that it belongs to: "stem", "res2" and so on, or "head"."""
+        part = self.name.partition(".")[0]
+        return part if part == "stem" or part.startswith("res") else "head"
 
 
 def shapes_of(config: SDRConfig) -> dict[str, Shape]:
