@@ -138,7 +138,7 @@ PRESETS = {"paper": paper, "ftcn_released": ftcn_released, "tiny": tiny}
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights and readings of SDR's losses (specification sections 4 and 6).
+    """Weights and readings of SDR's losses.
 
     Args:
         ce: weight a of the binary cross-entropy on the logit.
@@ -182,7 +182,7 @@ TPA_METHODS = ("color_jitter", "cutout", "flip", "crop")
 
 @dataclass(frozen=True)
 class TPAConfig:
-    """Temporally-preserved Augmentation (specification section 2); view v uses ``methods[v % len(methods)]``.
+    """Temporally-preserved Augmentation; view v uses ``methods[v % len(methods)]``.
 
     Args:
         methods: the augmentation of each view, in order; ``none`` leaves a view as it is.

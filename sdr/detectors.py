@@ -35,9 +35,11 @@ EXTRA_HINT = "pip install 'sdr[faces]'"
 class Faces(NamedTuple):
     """The faces of one frame, best score first.
 
-    boxes: [N, 4] float32, x1 y1 x2 y2 in pixels; may reach beyond the frame.
-    points: [N, 5, 2] float32, x y of left eye, right eye, nose, left and right mouth corner; left is the image's left.
-    scores: [N] float32 in [0.5, 1].
+    Attributes:
+        boxes: [N, 4] float32, x1 y1 x2 y2 in pixels; may reach beyond the frame.
+        points: [N, 5, 2] float32, x y of left eye, right eye, nose, left and right mouth corner; left is the image's
+            left.
+        scores: [N] float32 in [0.5, 1].
     """
 
     boxes: np.ndarray

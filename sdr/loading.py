@@ -49,11 +49,12 @@ class LoaderConfig:
 class Batch(NamedTuple):
     """One step's clips, augmented.
 
-    views: normalised, [B, V, 3, T, S, S] on the loader's device, channels last in memory.
-    labels: int64, [B] on the same device, 1 = fake.
-    names: of the B clips, for people.
-    epoch: of the batch.
-    index: of the batch in its epoch.
+    Attributes:
+        views: normalised, [B, V, 3, T, S, S] on the loader's device, channels last in memory.
+        labels: int64, [B] on the same device, 1 = fake.
+        names: of the B clips, for people.
+        epoch: of the batch.
+        index: of the batch in its epoch.
     """
 
     views: Tensor

@@ -45,7 +45,7 @@ class ViewMaps(NamedTuple):
 
     A view is flipped, cropped, colour mapped and clamped, normalised and given its hole, in this order.
 
-    Args:
+    Attributes:
         sampling: [B, V, F, 4] float32, scale and offset in x, then in y: output pixel i reads the source at pixel index
             ``scale * i + offset``, bilinear, clamped to the border; a flip is a negative scale.
         color: [B, V, F, 3, 4] float32, affine map of RGB in 0..1, whose result is clamped to 0..1.

@@ -25,7 +25,7 @@ from sdr.loading import LoaderConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained (specification sections 6 and 7).
+    """How a model is trained.
 
     Args:
         model: shapes of the model.

@@ -9,10 +9,19 @@ from sdr.config import SDRConfig
 
 
 class TRFIOutput(NamedTuple):
-    tokens: Tensor  # [B, N, D], joint feature of each time step
-    features: Tensor  # [B, V, C], each branch's mean over time
-    joint_logits: Tensor  # [B, 2], real and fake, from all views
-    loo_logits: Tensor  # [B, V, 2], row v from all views but v; [B, 0, 2] for one branch
+    """The branches' tokens, joined.
+
+    Attributes:
+        tokens: [B, N, D], joint feature of each time step.
+        features: [B, V, C], each branch's mean over time.
+        joint_logits: [B, 2], real and fake, from all views.
+        loo_logits: [B, V, 2], row v from all views but v; [B, 0, 2] for one branch.
+    """
+
+    tokens: Tensor
+    features: Tensor
+    joint_logits: Tensor
+    loo_logits: Tensor
 
 
 class TRFI(nn.Module):
