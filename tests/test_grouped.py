@@ -44,24 +44,36 @@ def error(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> flo
     return (sum(norm**2 for norm in norms) / len(norms)) ** 0.5
 
 
+def error_ratio(config, scheme: str, impl: str, dtype: torch.dtype, device: torch.device) -> float:
+    """Error of the grouped pass's gradients against float64, in units of eager's, of one draw."""
+    model = without_dropout(random_model(config, device)).to(dtype).train()
+    views = random_views(config, batch=3, device=device).to(dtype)
+    found = gradients(fast_copy(model, scheme=scheme, impl=impl), views)
+    eager = gradients(model, views)
+    exact = gradients(copy.deepcopy(model).double(), views.double())
+    assert found.keys() == exact.keys()
+    return error(found, exact) / error(eager, exact)
+
+
+# a pool that is nearly tied sends a gradient elsewhere by chance, so the median of several draws counts
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("preset", ["paper", "ftcn_released", "tiny", "shared", "one branch"])
+@pytest.mark.parametrize("preset", ["paper", "ftcn_released"])
 def test_gradients_err_like_eager(preset, scheme, impl, dtype, device):
-    """Against float64, in the median of draws: a pool that is nearly tied sends a gradient elsewhere by chance."""
     config, draws = CONFIGS[preset], 5
     if impl == "triton" and device.type == "cpu":  # interpreted
-        V, draws = min(2, config.num_branches), 1 if (preset, dtype) == ("paper", torch.float32) else 3
-        config = replace(config, num_branches=V, num_frames=2, blocks=(1, 2, 1, 1))
-    ratios = []
-    for _ in range(draws):
-        model = without_dropout(random_model(config, device)).to(dtype).train()
-        views = random_views(config, batch=3, device=device).to(dtype)
-        found = gradients(fast_copy(model, scheme=scheme, impl=impl), views)
-        eager = gradients(model, views)
-        exact = gradients(copy.deepcopy(model).double(), views.double())
-        assert found.keys() == exact.keys()
-        ratios.append(error(found, exact) / error(eager, exact))
+        draws = 1 if (preset, dtype) == ("paper", torch.float32) else 3
+        config = replace(config, num_branches=2, num_frames=2, blocks=(1, 2, 1, 1))
+    ratios = [error_ratio(config, scheme, impl, dtype, device) for _ in range(draws)]
     assert sorted(ratios)[draws // 2] <= 2, ratios
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("structure", ["tiny", "shared", "one branch"])
+def test_gradients_of_other_structures_err_like_eager(structure, scheme, dtype, device):
+    """The same kernels, called otherwise: interpreted they would take minutes, and show what the presets show."""
+    impl = "triton" if device.type == "cuda" else "cpu"
+    ratios = [error_ratio(CONFIGS[structure], scheme, impl, dtype, device) for _ in range(5)]
+    assert sorted(ratios)[2] <= 2, ratios
 
 
 @pytest.mark.parametrize("preset", ["tiny", "shared"])
