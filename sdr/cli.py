@@ -1,4 +1,4 @@
-"""The command line: sdr score | synth | prepare | train | evaluate | reproduce | study | convert.
+"""The command line: sdr score | synth | prepare | train | evaluate | reproduce | study | profile | convert.
 
 Exit codes: 0 all done; 1 some videos were not scored or prepared, or a check found something; 2 the command could not
 be done: bad usage, or a file or setting that it cannot do without is unusable; 130 interrupted.
@@ -12,6 +12,7 @@ from typing import Literal
 from sdr.errors import SDRError, escape
 from sdr.evaluate_command import add_evaluate_arguments, run_evaluate
 from sdr.prepare_command import run_prepare
+from sdr.profile_command import add_profile_arguments, run_profile
 from sdr.reproduce_command import add_reproduce_arguments, run_reproduce
 from sdr.score_command import run_score
 from sdr.study_command import add_study_arguments, run_study_command
@@ -103,6 +104,12 @@ def build_parser(argv: Sequence[str] = ()):
     add_study_arguments(study)
     commands.add_subcommand("study", study)
 
+    profile = ArgumentParser(description="Where a model's time and memory go on this machine, and what to change.")
+    add_profile_arguments(profile, argv)
+    add_device_argument(profile)
+    profile.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands.add_subcommand("profile", profile)
+
     convert = ArgumentParser(description="Convert an FTCN checkpoint to safetensors.")
     convert.add_argument("source", type=str, help="FTCN's published checkpoint (.pth)")
     convert.add_argument("target", type=str, help="safetensors file to write")
@@ -188,5 +195,6 @@ COMMANDS = {
     "evaluate": run_evaluate,
     "reproduce": run_reproduce,
     "study": run_study_command,
+    "profile": run_profile,
     "convert": run_convert,
 }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdr.config import TEMPORAL_STRIDE, FTCNConfig
 from sdr.hub import PretrainedMixin
 from sdr.recompute import recompute
+from sdr.stages import enter
 from sdr.tpa import normalise
 from sdr.transformer import TemporalTransformer
 
@@ -151,9 +152,10 @@ class Backbone(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         """clip: normalised, [B, 3, T, H, W], to features, [B, C, T / 2, h, w]."""
         saving = self.recompute and self.training and torch.is_grad_enabled()
+        clip = enter("stem", clip)
         x = recompute(self.stem, clip) if saving else self.stem(clip)
         for i, name in enumerate(self.stages):
-            stage = getattr(self, name)
+            x, stage = enter(name, x), getattr(self, name)
             x = reduce(lambda x, block: recompute(block, x), stage, x) if saving else stage(x)
             if i == 0:
                 x = self.time_pool(x)
@@ -161,12 +163,19 @@ class Backbone(nn.Module):
 
     def tokens(self, clip: Tensor) -> Tensor:
         """clip: [B, 3, T, H, W] to features averaged over space, [B, N, C]."""
-        return self(clip).mean((-2, -1)).transpose(1, 2)
+        return enter("head", enter("head", self(clip)).mean((-2, -1)).transpose(1, 2))
 
 
 class FTCNOutput(NamedTuple):
-    logits: Tensor  # [B], before the sigmoid, 1 = fake
-    tokens: Tensor  # [B, N, D], what the transformer reads
+    """What a model of one branch says of a batch of clips.
+
+    Attributes:
+        logits: [B], before the sigmoid, 1 = fake.
+        tokens: [B, N, D], what the transformer reads.
+    """
+
+    logits: Tensor
+    tokens: Tensor
 
 
 class FTCN(PretrainedMixin, nn.Module):

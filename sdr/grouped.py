@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdr.config import GroupedConfig
 from sdr.ftcn import Backbone, Bottleneck
+from sdr.stages import enter
 from sdr.sync_norm import SyncBatchNorm3d
 from sdr_kernels import Normed, NormedBottleneck, NormedConv, Statistics, normed_bottleneck, normed_stem
 from sdr_kernels._ops import why_not
@@ -88,15 +89,15 @@ class GroupedPass:
         to tokens averaged over space, [B, V, N, C]. Running statistics follow the batch.
         """
         x = self.part("stem", self.stem, views)
-        first, *stages = self.branches[0].stages
-        x = self.part(first, lambda x: self.stage(x, first), x)
-        for name in stages:
+        for name in self.branches[0].stages:
             x = self.part(name, lambda x, name=name: self.stage(x, name), x)
+        x = enter("statistics", x)
         self.update_running()
-        return x.mean((-2, -1)).transpose(-1, -2)
+        return enter("head", x).mean((-2, -1)).transpose(-1, -2)
 
     def part(self, name: str, run: Callable[[Tensor], tuple], x: Tensor) -> Tensor:
         """One part of the backbones, recomputed where the options say so; keeps its statistics in ``seen``."""
+        x = enter(name, x)
         wanted = self.branches[0].recompute or name in self.options.recompute
         if wanted and torch.is_grad_enabled():
             x, norms, statistics = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)

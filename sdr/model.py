@@ -15,11 +15,21 @@ from sdr.trfi import TRFI
 
 
 class SDROutput(NamedTuple):
-    logits: Tensor  # [B], before the sigmoid, 1 = fake
-    tokens: Tensor  # [B, N, D], joint tokens that the transformer reads
-    features: Tensor  # [B, V, C], each branch's mean over time and space
-    joint_logits: Tensor  # [B, 2]
-    loo_logits: Tensor  # [B, V, 2]; [B, 0, 2] for one branch
+    """What a model says of a batch of clips.
+
+    Attributes:
+        logits: [B], before the sigmoid, 1 = fake.
+        tokens: [B, N, D], joint tokens that the transformer reads.
+        features: [B, V, C], each branch's mean over time and space.
+        joint_logits: [B, 2], real and fake, from all views.
+        loo_logits: [B, V, 2], row v from all views but v; [B, 0, 2] for one branch.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    features: Tensor
+    joint_logits: Tensor
+    loo_logits: Tensor
 
 
 class SDRModel(PretrainedMixin, nn.Module):

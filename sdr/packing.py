@@ -1,6 +1,8 @@
 """A model's weights as the kernels take them, batch norms folded and branches stacked, and the pass through them."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from sdr.config import check
 from sdr.ftcn import Backbone, Bottleneck
 from sdr.model import SDRModel, SDROutput
+from sdr.stages import enter, watched
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
 from sdr.transformer import TemporalTransformer
 from sdr.trfi import TRFI
@@ -28,6 +31,15 @@ class PackedBackbones(NamedTuple):
 
     stem: FoldedConv
     blocks: list[FoldedBottleneck]
+    stages: list[str]  # of each block
+
+    def chain(self, x: Tensor) -> Tensor:
+        """All blocks; for a profile stage by stage, which on a CPU takes longer."""
+        if not watched():
+            return bottleneck_chain(x, self.blocks)
+        for name, blocks in groupby(zip(self.stages, self.blocks, strict=True), itemgetter(0)):
+            x = bottleneck_chain(enter(name, x), [block for _, block in blocks])
+        return x
 
 
 def fold(convs: Sequence[nn.Conv3d], norms: Sequence[nn.BatchNorm3d], dtype: torch.dtype) -> FoldedConv:
@@ -61,21 +73,22 @@ def pack_blocks(blocks: Sequence[Bottleneck], dtype: torch.dtype, *, time_pool: 
 
 def pack_backbones(branches: Sequence[Backbone], dtype: torch.dtype) -> PackedBackbones:
     """Stem and bottlenecks of every branch, in the order of application."""
-    blocks = []
+    blocks, stages = [], []
     for stage in branches[0].stages:
         depth = len(getattr(branches[0], stage))
+        stages += [stage] * depth
         for i in range(depth):
             last = stage == branches[0].stages[0] and i == depth - 1  # before the pool over time
             blocks.append(pack_blocks([getattr(b, stage)[i] for b in branches], dtype, time_pool=last))
     stem = fold([b.stem.conv for b in branches], [b.stem.bn for b in branches], dtype)
-    return PackedBackbones(stem, blocks)
+    return PackedBackbones(stem, blocks, stages)
 
 
 def backbone_tokens(views: Tensor, packed: PackedBackbones) -> Tensor:
     """views: [B, V, 3, T, H, W], or [B, 3, T, H, W] for all branches, to tokens, [B, V, N, C]."""
     normalise = (IMAGENET_MEAN, IMAGENET_STD) if views.dtype == torch.uint8 else None
-    x = temporal_stem(views, *packed.stem, normalise=normalise)
-    return spatial_mean(bottleneck_chain(x, packed.blocks))
+    x = temporal_stem(enter("stem", views), *packed.stem, normalise=normalise)
+    return spatial_mean(enter("head", packed.chain(x)))
 
 
 class PackedLinear(NamedTuple):

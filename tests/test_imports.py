@@ -13,24 +13,26 @@ KERNELS = ROOT / "sdr_kernels"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # a module may import, at its top, only from the layers above it in this list
 LAYERS = [
-    {"errors", "decode_worker"},
+    {"errors", "decode_worker", "stages"},
     {"files", "config", "containers", "decoding", "decode_worker_dali", "portraits", "recompute", "sync_norm"},
     {"tpa", "video", "detectors", "bootstrap", "terminal", "page", "run_log", "hub"},
     {"transformer", "faces", "datasets", "dali", "model_card", "published"},
     {"timing", "ftcn", "trfi", "frame_lists", "deepfakebench", "synth_layouts", "clip_cache"},
     {"model", "layers", "graphs", "layouts", "synth", "cache_check", "shortcut"},
-    {"packing", "passes", "grouped", "losses", "checkpoint", "loading", "evaluate", "cutting"},
+    {"packing", "passes", "grouped", "losses", "checkpoint", "loading", "evaluate", "cutting", "kernel_profile"},
     {"fast", "training_passes", "prepare", "train_config", "checkpoints"},
     {"study_config"},
-    {"engine", "objective", "training_report", "score"},
+    {"engine", "objective", "training_report", "score", "profile_stages"},
     {"trainer", "report", "run_results"},
     {"train"},
-    {"protocol"},
+    {"protocol", "profile_work"},
+    {"profile_floors", "profile_data", "profile_advice"},
+    {"profile"},
     {"reproduce", "study"},
     {"reproduce_tables", "study_table"},
     {"__init__"},
     {"score_command", "prepare_command", "train_command", "evaluate_command"},
-    {"reproduce_command", "study_command"},
+    {"reproduce_command", "study_command", "profile_text", "profile_command"},
     {"cli"},
     {"__main__"},
 ]
@@ -73,6 +75,7 @@ MODEL = {
     "train",
     "score",
 }
+MODEL |= {"stages", "profile", "profile_work", "profile_floors", "profile_stages", "kernel_profile"}
 MODEL |= {"hub", "evaluate", "objective", "engine", "trainer", "train_config", "model_card"}
 BASE = {"torch", "numpy", "sdr", "sdr_kernels"}
 WORKER = {"av"}  # run as a script of its own
@@ -129,7 +132,8 @@ def test_kernels_know_nothing_of_the_model(file):
 
 def test_importing_prints_nothing_and_loads_no_optional_package():
     code = """
-import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr.reproduce, sdr.study, sdr_kernels
+import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr.reproduce, sdr.study, sdr.profile
+import sdr_kernels
 heavy = {"triton", "av", "pyarrow", "nvidia.dali", "lightning_fabric", "huggingface_hub", "tensorboard", "scipy"}
 heavy |= {"onnxruntime", "onnx", "cv2", "sklearn", "skimage", "jinja2", "plotly", "PIL", "rich", "jsonargparse"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)

@@ -1,0 +1,80 @@
+"""What a profile's figures say to change; every sentence holds the figure that it comes from."""
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from sdr.profile_work import ProfileConfig
+
+IDLE = 0.2  # share of a GPU's time between kernels from which launching bounds
+LARGE = 0.2  # share of the time from which a stage is worth a word
+NOISY = 0.2  # spread of the times from which they say little
+FAR = 0.5  # share of its floor below which a stage is far from it
+
+
+def advice(report: Mapping, config: ProfileConfig) -> list[str]:
+    """Sentences, by what was measured.
+
+    Args:
+        report: of :func:`sdr.profile.profile`, but for the loader's.
+        config: of the profile.
+    """
+    found = noise(report), launches(report), far_stages(report), memory_bound(report), plain_branches(report, config)
+    return [*chain(*found, kept(report, config))]
+
+
+def noise(report: Mapping) -> Iterator[str]:
+    spread = report["throughput"].get("spread", 0.0)
+    if spread > NOISY:
+        yield f"times spread by {100 * spread:.0f} %: something else is at work on this machine; measure again without"
+
+
+def launches(report: Mapping) -> Iterator[str]:
+    idle = report["kernels"].get("idle_share", 0.0)
+    if idle > IDLE:
+        count = f"the GPU is idle {100 * idle:.0f} % of the time, between {report['kernels']['launches']:.0f} launches"
+        yield f"{count}: a larger --batch, now {report['model']['clips']}, shares them out among more clips"
+
+
+def far_stages(report: Mapping) -> Iterator[str]:
+    """The stage that loses most time above its floor."""
+    rows = [row for row in report["stages"] if row.get("share_of_floor", 1.0) < FAR]
+    rows = [row for row in rows if row["share_of_time"] > LARGE]
+    if rows:
+        row = max(rows, key=lambda row: row["share_of_time"] * (1 - row["share_of_floor"]))
+        of = " of its forward pass" if row["floor_of"] == "forward" else ""
+        yield (
+            f"{row['stage']} takes {100 * row['share_of_time']:.0f} % of the time and reaches "
+            f"{100 * row['share_of_floor']:.0f} % of the floor{of}: most time is lost there"
+        )
+
+
+def memory_bound(report: Mapping) -> Iterator[str]:
+    """Stages that memory bounds, where a narrower dtype would move less."""
+    rows = [row for row in report["stages"] if row.get("bound") == "memory"]
+    share = sum(row["share_of_time"] for row in rows)
+    if share > LARGE and report["model"]["dtype"] == "float32":
+        names = ", ".join(row["stage"] for row in rows)
+        yield f"memory bounds {names}, {100 * share:.0f} % of the time: --dtype bfloat16 moves half the bytes"
+
+
+def plain_branches(report: Mapping, config: ProfileConfig) -> Iterator[str]:
+    if report["model"]["plan"] == "eager" and config.implementation == "reference":
+        yield "the plain branches were profiled: --implementation fast compares our kernels with them"
+
+
+def kept(report: Mapping, config: ProfileConfig) -> Iterator[str]:
+    """The stage that keeps most for the backward pass, and how to keep less."""
+    total = report["memory"].get("saved_bytes", 0)
+    rows = [row for row in report["stages"] if row["stage"] == "stem" or row["stage"].startswith("res")]
+    if not total or config.recompute or not rows:
+        return
+    row = max(rows, key=lambda row: row.get("saved_bytes", 0))
+    share = row.get("saved_bytes", 0) / total
+    if share > LARGE:
+        grouped = report["model"]["plan"] != "eager"
+        how = f"--grouped.recompute '[{row['stage']}]'" if grouped else "--recompute true"
+        if row["stage"] not in config.grouped.recompute:
+            yield (
+                f"{row['stage']} keeps {100 * share:.0f} % of the {total / 1e6:.3g} MB that wait for the backward "
+                f"pass: {how} keeps its input alone, for more time"
+            )
