@@ -4,13 +4,13 @@ VENV ?= .venv
 DEMO ?= demo
 BENCH ?= --benchmark
 BIN := $(VENV)/bin
-EXTRAS := faces,prepare,report,train,dev
+EXTRAS := faces,prepare,report,train,docs,dev
 TRAIN := --preset tiny
 
 # idle threads sleep: on a shared machine waiting in a loop can cost several times the work
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo control test lint bench gpu clean
+.PHONY: demo control test lint bench report compare gpu docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt sdr_kernels/_csrc.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -48,9 +48,21 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/pytest bench $(BENCH)
 
+# README's measured tables, and every figure on one page, from bench/results; REPORT=--check leaves README as it is
+report: $(VENV)/installed
+	PYTHONPATH=. $(BIN)/python bench/report.py $(REPORT)
+
+# is this tree slower than BASE, a commit or folder; COMPARE='-k EXPR --json FILE' and other options
+compare: $(VENV)/installed
+	@PYTHONPATH=. $(BIN)/python bench/compare.py --base '$(BASE)' $(COMPARE)
+
 # checks and times on this machine's GPU, under 10 minutes; installs nothing; OUT=folder and COMMIT=name are optional
 gpu:
 	@PYTHONPATH=. $(firstword $(wildcard $(BIN)/python) $(PYTHON)) bench/gpu.py $(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT))
 
+# the documentation site, into site/; a warning is an error
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(DEMO) sdr_scores build *.egg-info
+	rm -rf $(VENV) $(DEMO) sdr_scores site build *.egg-info

@@ -189,7 +189,8 @@ def summarise(results: dict) -> list[dict[str, object]]:
     rows = []
     for target in TARGETS:
         figure = target.figure(results)
-        row = {"what": target.what, "unit": target.unit, "must": target.must, "goal": target.goal}
+        bounds = {"must": target.must, "goal": target.goal, "at_least": target.at_least}
+        row = {"what": target.what, "unit": target.unit, **bounds}
         if not measured(figure):
             verdict = figure if isinstance(figure, str) else NOT_MEASURED + "its step did not get there"
             figure = None
