@@ -90,7 +90,17 @@ def bench_saved_bytes(benchmark, scheme, capsys):
         for part in a_frame:
             assert measured[part] == pytest.approx(FRAMES * a_frame[part] + a_step[part], rel=1e-3)
     total = sum(clip.values())
-    benchmark.extra_info.update(bytes_per_clip=clip, total=total, bytes_per_step=BRANCHES * sum(a_step.values()))
+    benchmark.extra_info.update(
+        subject=f"kept for the backward pass, ftcn_released, a clip of {BRANCHES} branches",
+        op="training memory",
+        impl="reference" if scheme == "eager" else f"cpu {scheme}",
+        dtype="bfloat16",
+        device="cpu",
+        threads=torch.get_num_threads(),
+        bytes_per_clip=clip,
+        total=total,
+        bytes_per_step=BRANCHES * sum(a_step.values()),
+    )
     parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in clip.items())
     step = BRANCHES * sum(a_step.values()) / 1e9
     with capsys.disabled():

@@ -1,5 +1,7 @@
 """Models and inputs of the GPU run: random, but with no dead branch and no value out of range."""
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,27 @@ from sdr.ftcn import Bottleneck
 from sdr.layers import Layer, Linear, Shape
 
 SEED = 0
+
+
+def mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
+    """The same tuples, named tuples, lists and dicts with every tensor replaced by what ``function`` makes of it."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: mapped(part, function) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [mapped(part, function) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def tensors_of(value: object) -> Iterator[Tensor]:
+    """Every tensor of nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(part)
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from ledger import NOT_MEASURED, Ledger
 from machine import Machine
 from torch import Tensor
 
-from sdr_kernels import LossOptions, info_nce, sdr_loss
+from sdr_kernels import LossOptions, info_nce, leave_one_out_kl, sdr_loss
 from sdr_kernels.info_nce import info_nce_reference
+from sdr_kernels.leave_one_out_kl import leave_one_out_kl_reference
 from sdr_kernels.sdr_loss import sdr_loss_reference
 
 BATCH = 16, 4  # clips and views of the paper's batch
@@ -19,6 +21,8 @@ BANK = 65_536, 128  # rows and width of a bank of embeddings
 EAGER_ROWS = 16_384  # whose N x N matrices, several at once, take some gigabytes
 LIMIT_S = 1.0  # of one measurement
 COMPILE_S = 8.0  # not begun with less time left
+
+NO_LIGER_INFO_NCE = "Liger has no contrastive loss of labelled rows"  # of version 0.8.5
 
 Loss = Callable[..., Tensor]
 
@@ -70,6 +74,42 @@ def metric_learning() -> Loss:
     return SupConLoss(temperature=0.07)
 
 
+def liger_kl() -> Loss:
+    """The leave-one-out KL by Liger's kernel: its own of log-probabilities, which plain torch makes of the logits."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    divergence, temperature = LigerKLDIVLoss(reduction="sum", log_target=True), LossOptions().mi_temperature
+
+    def loss(joint: Tensor, loo: Tensor) -> Tensor:
+        log_loo = F.log_softmax(loo.float() / temperature, -1)  # [B, V, K]
+        log_joint = F.log_softmax(joint.detach().float() / temperature, -1).unsqueeze(1).expand_as(log_loo)
+        return divergence(log_loo.flatten(0, 1), log_joint.flatten(0, 1).contiguous()) / len(joint)
+
+    return loss
+
+
+def time_kl(ledger: Ledger, machine: Machine) -> None:
+    """The mutual-information loss of the paper's batch."""
+    joint, loo = batch(machine.scaled(WIDTHS[0], 64), machine.half, machine.device)[3:]
+    losses: dict[str, Callable[[], Loss]] = {
+        "ours": lambda: partial(leave_one_out_kl, impl="triton"),
+        "eager": lambda: leave_one_out_kl_reference,
+        "Liger": liger_kl,
+    }
+    for name, build in losses.items():
+        ledger.attempt(f"leave-one-out KL, {name}", partial(time_loss, build, [joint, loo], machine), needs_s=LIMIT_S)
+    ledger.put("InfoNCE, Liger", NOT_MEASURED + NO_LIGER_INFO_NCE)
+
+
+def time_loss(build: Callable[[], Loss], inputs: list[Tensor], machine: Machine) -> dict[str, object] | str:
+    """A step of a loss, or what it lacks."""
+    try:
+        loss = build()
+    except ModuleNotFoundError as error:
+        return f"{NOT_MEASURED}{error}"
+    return time_call(partial(step, loss, inputs), machine)
+
+
 def time_batches(ledger: Ledger, machine: Machine) -> None:
     """The paper's batch: our one launch, then a step of ours and of what others run."""
     kernels = ("triton", "cuda") if machine.device.type == "cuda" else ("triton",)
@@ -109,14 +149,7 @@ def time_banks(ledger: Ledger, machine: Machine) -> None:
         "pytorch-metric-learning": metric_learning,
     }
     for name, build in peers.items():
-
-        def timed(build: Callable[[], Loss] = build) -> dict[str, object] | str:
-            try:
-                loss = build()
-            except ModuleNotFoundError as error:
-                return f"{NOT_MEASURED}{error}"
-            return time_call(partial(step, loss, inputs), machine)
-
+        timed = partial(time_loss, build, inputs, machine)
         needs_s = COMPILE_S if name == "torch.compile" else LIMIT_S
         ledger.attempt(f"InfoNCE {EAGER_ROWS} x {BANK[1]}, {name}", timed, needs_s=needs_s)
 
@@ -127,3 +160,4 @@ def run(ledger: Ledger, machine: Machine) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # before a launcher imports Triton
     time_batches(ledger, machine)
     time_banks(ledger, machine)
+    time_kl(ledger, machine)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -118,17 +119,16 @@ def stamp(commit: str | None) -> dict[str, object]:
     Args:
         commit: names the code where there is no git; None asks git.
     """
-    import triton
-
     status = output_of("git", "status", "--porcelain", "--untracked-files=no")
     gpu = torch.cuda.is_available()
     return {
+        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
         "gpu": torch.cuda.get_device_name() if gpu else "none",
         "capability": list(torch.cuda.get_device_capability()) if gpu else None,
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "cpu_cores": os.cpu_count(),
         "commit": commit or output_of("git", "rev-parse", "HEAD"),
@@ -138,8 +138,26 @@ def stamp(commit: str | None) -> dict[str, object]:
     }
 
 
+def version_of(package: str) -> str:
+    """As it is installed, or "not installed"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def cpu_name() -> str:
+    """The CPU's model as Linux names it, without marks and filler, and its cores, as "AMD EPYC 9R14, 2 cores"."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    short = re.sub(r"\((R|TM)\)|\bCPU\b|\b\d+-Core\b|\bProcessor\b|@.*", " ", name, flags=re.IGNORECASE)
+    return f"{' '.join(short.split())}, {os.cpu_count()} cores"
+
+
 def file_name(stamp: dict[str, object]) -> str:
-    """<gpu>_<date>_<commit>.json in letters, digits, dashes and underscores."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", str(stamp["gpu"]).lower()).strip("-")
+    """<device>_<date>_<commit>.json in letters, digits, dashes and underscores."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(stamp["device"]).lower()).strip("-")
     dirty = "-dirty" if stamp["dirty"] is True else ""
-    return f"{gpu}_{stamp['date']}_{str(stamp['commit'])[:7]}{dirty}.json"
+    return f"{device}_{stamp['date']}_{str(stamp['commit'])[:7]}{dirty}.json"

@@ -6,13 +6,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from cudnn_peer import fused_blocks
 from inputs import random_model, random_rows, random_views
-from ledger import Ledger
+from ledger import NOT_MEASURED, Ledger
 from machine import Machine
+from tensorrt_peer import tensorrt_call
 from timings import CLIPS
 from torch import Tensor, nn
 
-from sdr import SDRModel
+from sdr import SDRConfig, SDRModel
 from sdr.ftcn import Backbone, Bottleneck
 from sdr.layers import shapes_of
 from sdr.model import SDROutput
@@ -20,9 +22,10 @@ from sdr.model import SDROutput
 LIMIT_S = 3.0  # of one measurement
 COMPILE_S = 40.0  # not begun with less time left
 AUTOTUNE_S = 90.0
+ENGINE_S = 60.0
 BLOCK = "res3.2"  # the bottleneck of the grouped convolution: its timing here is of the same work
 
-Call = Callable[[], object]
+Call = Callable[[Tensor], SDROutput]
 
 
 class ChannelsLast(nn.Module):
@@ -46,11 +49,11 @@ def branch_major(views: Tensor, *, channels_last: bool) -> Tensor:
 
 
 def eager(model: nn.Module, views: Tensor) -> Call:
-    return partial(model, views)
+    return model
 
 
 def graphed(model: nn.Module, views: Tensor) -> Call:
-    """A CUDA graph over the model's forward pass."""
+    """A CUDA graph over the model's forward pass of these views."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -59,8 +62,13 @@ def graphed(model: nn.Module, views: Tensor) -> Call:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        model(views)
-    return graph.replay
+        output = model(views)
+
+    def run(_: Tensor) -> SDROutput:
+        graph.replay()
+        return output
+
+    return run
 
 
 def compiled(model: nn.Module, views: Tensor, *, mode: str | None, backend: str) -> Call:
@@ -70,7 +78,7 @@ def compiled(model: nn.Module, views: Tensor, *, mode: str | None, backend: str)
     for part in (*inner.branches, inner.trfi, inner.transformer):
         part.compile(backend=backend, dynamic=False, **options)
     model(views)
-    return partial(model, views)
+    return model
 
 
 def compiled_graph(model: nn.Module, views: Tensor, *, backend: str) -> Call:
@@ -90,9 +98,10 @@ def stacked(model: nn.Module, views: Tensor) -> Call:
 
     branches = torch.func.vmap(backbone, in_dims=(0, 0, 1), out_dims=1)
 
-    def run() -> Tensor:
+    def run(views: Tensor) -> SDROutput:
         tokens = branches(parameters, buffers, views).mean((-2, -1)).transpose(2, 3)  # [B, V, N, C]
-        return inner.transformer(inner.trfi(tokens).tokens)
+        joint = inner.trfi(tokens)
+        return SDROutput(inner.transformer(joint.tokens), *joint)
 
     return run
 
@@ -119,21 +128,84 @@ class GroupedBottleneck(nn.Module):
         return F.conv3d(h, self.c, self.c_bias, groups=self.groups).add_(x).relu_()
 
 
-def time_blocks(ledger: Ledger, machine: Machine, clips: int) -> None:
-    """One bottleneck of V branches: a loop over the branches' own, and grouped convolutions."""
-    config = machine.configs()["ftcn_released"]
-    s = shapes_of(config)[BLOCK]
-    V = config.num_branches
+Blocks = Callable[[list[Tensor]], list[Tensor]]  # each branch's rows, [B, C, T, H, W], to its result
+
+
+def block_inputs(
+    config: SDRConfig, clips: int, device: torch.device, dtype: torch.dtype, *, channels_last: bool = True
+) -> tuple[list[Bottleneck], list[Tensor]]:
+    """An identity block of each branch in evaluation, and its rows, [B, C, T, H, W]."""
+    s, V = shapes_of(config)[BLOCK], config.num_branches
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     blocks = [Bottleneck(s.C_in, s.inner, kernel=s.kernel, pool=False) for _ in range(V)]
-    blocks = [block.to(machine.device, machine.half, memory_format=torch.channels_last_3d).eval() for block in blocks]
-    joined = random_rows((clips, 1, V * s.C_in, s.T, s.H, s.H), machine.device, machine.half)[:, 0]
-    single = [random_rows((clips, 1, s.C_in, s.T, s.H, s.H), machine.device, machine.half)[:, 0] for _ in blocks]
-    calls = {
-        "eager loop bf16 channels_last_3d": lambda: [block(x) for block, x in zip(blocks, single, strict=True)],
-        "grouped conv3d bf16 channels_last_3d": partial(GroupedBottleneck(blocks).eval(), joined),
+    for block in blocks:
+        for norm in (block.a_bn, block.b_bn, block.c_bn):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)  # c's begins at zero, and the block would be its input
+            nn.init.normal_(norm.bias, std=0.3)
+    blocks = [block.to(device, dtype, memory_format=layout).eval() for block in blocks]
+    x = random_rows((clips, V, s.C_in, s.T, s.H, s.H), device, dtype)
+    return blocks, [x[:, v].contiguous(memory_format=layout) for v in range(V)]
+
+
+def block_loop(blocks: list[Bottleneck], _: list[Tensor]) -> Blocks:
+    return lambda rows: [block(x) for block, x in zip(blocks, rows, strict=True)]
+
+
+def block_grouped(blocks: list[Bottleneck], _: list[Tensor]) -> Blocks:
+    """Grouped convolutions; joining the branches and cutting them apart is part of the call."""
+    grouped = GroupedBottleneck(blocks).eval()
+
+    def run(rows: list[Tensor]) -> list[Tensor]:
+        joined = torch.cat(rows, 1).contiguous(memory_format=torch.channels_last_3d)
+        return list(grouped(joined).chunk(len(rows), 1))
+
+    return run
+
+
+def block_stacked(blocks: list[Bottleneck], _: list[Tensor]) -> Blocks:
+    """torch.func.vmap over the blocks' stacked weights."""
+    parameters, buffers = torch.func.stack_module_state(blocks)
+    base = copy.deepcopy(blocks[0]).to("meta")
+
+    def one(parameters: dict, buffers: dict, x: Tensor) -> Tensor:
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    call = torch.func.vmap(one)
+    return lambda rows: list(call(parameters, buffers, torch.stack(rows)).unbind())
+
+
+def block_compiled(blocks: list[Bottleneck], rows: list[Tensor], *, backend: str = "inductor") -> Blocks:
+    """torch.compile over every block; the branches share their code."""
+    made = [torch.compile(block, backend=backend, dynamic=False) for block in blocks]
+    call = block_loop(made, rows)
+    call(rows)
+    return call
+
+
+def joined_rows(blocks: list[Bottleneck], rows: list[Tensor]) -> Callable[[], Tensor]:
+    """Grouped convolutions on branches that lie joined in memory already, as a whole grouped network has them."""
+    joined = torch.cat(rows, 1).contiguous(memory_format=torch.channels_last_3d)
+    return partial(GroupedBottleneck(blocks).eval(), joined)
+
+
+def time_blocks(ledger: Ledger, machine: Machine, clips: int) -> None:
+    """One bottleneck of V branches: a loop over the branches' own, grouped convolutions, cuDNN's fused graphs."""
+    config = machine.configs()["ftcn_released"]
+    blocks, rows = block_inputs(config, clips, machine.device, machine.half)
+    builds: dict[str, Callable[[], Callable[[], object]]] = {
+        "eager loop bf16 channels_last_3d": lambda: partial(block_loop(blocks, rows), rows),
+        "grouped conv3d bf16 channels_last_3d": lambda: joined_rows(blocks, rows),
+        "cuDNN frontend bf16": lambda: partial(fused_blocks(blocks, rows), rows),
     }
-    for name, call in calls.items():
-        timed = partial(machine.measure, call, limit_s=LIMIT_S)
+    for name, build in builds.items():
+
+        def timed(build: Callable = build) -> dict[str, object] | str:
+            try:
+                call = build()
+            except ModuleNotFoundError as error:
+                return f"{NOT_MEASURED}{error}"
+            return machine.measure(call, limit_s=LIMIT_S)
+
         ledger.attempt(f"block {BLOCK}, {clips} clips: {name}", timed, needs_s=LIMIT_S)
 
 
@@ -144,7 +216,18 @@ def time_peer(
     machine.release()
     with torch.inference_mode():
         call = build(model, views)
-    result = machine.measure(call, limit_s=LIMIT_S)
+    result = machine.measure(partial(call, views), limit_s=LIMIT_S)
+    return {"clips": len(views), "clips_per_s": len(views) / result["median_s"], **result}
+
+
+def time_tensorrt(model: SDRModel, views: Tensor, machine: Machine) -> dict[str, object] | str:
+    """Seconds of TensorRT's engine of the same model, which takes longer to build than to time."""
+    views = views.contiguous()
+    try:
+        call = tensorrt_call(model, views)
+    except ModuleNotFoundError as error:
+        return f"{NOT_MEASURED}{error}"
+    result = machine.measure(partial(call, views), limit_s=LIMIT_S)
     return {"clips": len(views), "clips_per_s": len(views) / result["median_s"], **result}
 
 
@@ -178,3 +261,6 @@ def run(ledger: Ledger, machine: Machine) -> None:
     torch.compiler.reset()
     tuned = partial(compiled, mode=None if machine.rehearsal else "max-autotune-no-cudagraphs", backend=backend)
     attempt("torch.compile max-autotune bf16", tuned, inductor, views, AUTOTUNE_S)
+    for clips in sizes:
+        timed = partial(time_tensorrt, model, views[:clips], machine)
+        ledger.attempt(f"TensorRT, {clips} clips", timed, needs_s=ENGINE_S)

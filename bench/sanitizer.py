@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from inputs import bottleneck_inputs, folded, random_rows
+from inputs import bottleneck_inputs, folded, random_rows, tensors_of
 from ledger import NOT_MEASURED, Ledger, measured, run_limited
 from machine import ROOT, Machine
-from torch import Tensor
 
 import sdr_kernels
 from sdr.layers import Shape
@@ -161,14 +160,6 @@ CUDA_SHAPES = {
     "sdr_loss in CUDA": partial(sdr_loss, impl="cuda", more=[(17, 4, 72), (9, 8, 33)]),
 }
 CUDA_DTYPES = {"temporal_conv3d in CUDA": ("bfloat16",), "sdr_loss in CUDA": ("float32", "bfloat16")}
-
-
-def tensors_of(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from tensors_of(part)
 
 
 def small_runs(device: torch.device) -> list[str]:

@@ -138,7 +138,7 @@ from dataclasses import replace
 from sdr import ftcn_released
 from sdr.fast import SDRModel
 config = replace(ftcn_released(), **{options})
-model = SDRModel(config).to("{device}", torch.bfloat16).eval()
+model = SDRModel(config).to("{device}", {dtype}).eval()
 shape = 1, config.num_branches, 3, config.num_frames, config.image_size, config.image_size
 views = torch.zeros(shape, device="{device}", dtype=torch.uint8)
 with torch.inference_mode():
@@ -147,9 +147,16 @@ print(time.time())
 """
 
 
-def first_result(cache: Path, machine: Machine) -> float:
-    """Seconds from starting Python to ``ftcn_released``'s first logit from uint8, Triton's cache in this folder."""
-    code = FIRST_RESULT.format(options=SMALL if machine.rehearsal else {}, device=machine.device)
+def first_result(cache: Path, device: torch.device, options: dict[str, object]) -> float:
+    """Seconds from starting Python to ``ftcn_released``'s first logit from uint8, Triton's cache in this folder.
+
+    Args:
+        cache: is made where it is not there.
+        device: a GPU computes in bfloat16, a CPU in float32.
+        options: fields of the configuration that differ.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    code = FIRST_RESULT.format(options=options, device=device, dtype=dtype)
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     start = time.time()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
@@ -162,7 +169,9 @@ def time_first_results(ledger: Ledger, machine: Machine) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("empty cache", "warm cache"):
             ledger.attempt(
-                f"import to first result, {name}", lambda: {"seconds": first_result(Path(folder), machine)}, needs_s=10
+                f"import to first result, {name}",
+                lambda: {"seconds": first_result(Path(folder), machine.device, SMALL if machine.rehearsal else {})},
+                needs_s=10,
             )
 
 

@@ -29,14 +29,14 @@ SCHEMES = ("gram", "fused")
 Step = Callable[[], None]
 
 
-def training_step(model: nn.Module, views: Tensor, machine: Machine) -> Step:
-    """Forward, losses and backward as the trainer runs them in bfloat16; the optimiser is everyone's and left out."""
-    labels = torch.arange(len(views), device=machine.device) % 2
+def training_step(model: nn.Module, views: Tensor, dtype: torch.dtype) -> Step:
+    """Forward, losses and backward as the trainer runs them in ``dtype``; the optimiser is everyone's and left out."""
+    labels = torch.arange(len(views), device=views.device) % 2
     loss = SDRLoss()
 
     def step() -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            with torch.autocast(machine.device.type, machine.half, enabled=machine.half != torch.float32):
+            with torch.autocast(views.device.type, dtype, enabled=dtype != torch.float32):
                 output = model(views)
             loss(output, labels).total.backward()
             model.zero_grad(set_to_none=True)
@@ -49,7 +49,7 @@ def time_step(build: Callable[[], nn.Module], views: Callable[[int], Tensor], cl
     while True:
         machine.release()
         try:
-            step = training_step(build(), views(clips), machine)
+            step = training_step(build(), views(clips), machine.half)
             if machine.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             result = machine.measure(step, limit_s=LIMIT_S)
@@ -67,7 +67,7 @@ def time_step(build: Callable[[], nn.Module], views: Callable[[int], Tensor], cl
 def peak_bytes(model: nn.Module, views: Tensor, machine: Machine) -> int:
     """Of one step."""
     machine.release()
-    step = training_step(model, views, machine)
+    step = training_step(model, views, machine.half)
     step()
     if machine.device.type != "cuda":
         return 0
@@ -100,6 +100,17 @@ def gradients(model: nn.Module, views: Tensor, dtype: torch.dtype) -> dict[str, 
     return found
 
 
+def compared(found: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, object]:
+    """Gradients' errors in units of eager's: the median over parameters, which passes or not, and the largest."""
+    ratios = [
+        relative_error(found[name], truth) / relative_error(eager[name], truth)
+        for name, truth in exact.items()
+        if truth.count_nonzero() > 0
+    ]
+    median = torch.tensor(ratios).median().item()
+    return {"median": median, "largest": max(ratios), "passed": median <= ALLOWED}
+
+
 def check_gradients(scheme: str, machine: Machine) -> dict[str, object]:
     """Errors of a step's gradients against float64, in units of those of eager in the same dtype.
 
@@ -109,17 +120,9 @@ def check_gradients(scheme: str, machine: Machine) -> dict[str, object]:
     config = replace(config_of(machine), **sizes, dropout=0.0)
     model = random_model(config, machine.device).train()
     views = random_views(config, machine.scaled(4, 2), machine.device)
-    fast = FastSDRModel.from_reference(model)
-    fast.grouped = GroupedConfig(scheme=scheme, impl="triton")
-    found, eager = (gradients(m, views, machine.half) for m in (fast, model))
+    found, eager = (gradients(m, views, machine.half) for m in (fast_model(model, scheme, "triton"), model))
     exact = gradients(copy.deepcopy(model).double(), views.double(), torch.float64)
-    ratios = [
-        relative_error(found[name], truth) / relative_error(eager[name], truth)
-        for name, truth in exact.items()
-        if truth.count_nonzero() > 0
-    ]
-    median = torch.tensor(ratios).median().item()
-    return {"median": median, "largest": max(ratios), "passed": median <= ALLOWED}
+    return compared(found, eager, exact)
 
 
 def curves_apart(machine: Machine) -> dict[str, object]:
@@ -144,17 +147,21 @@ def reference(machine: Machine) -> SDRModel:
     return random_model(config_of(machine), machine.device).train()
 
 
+def fast_model(model: SDRModel, scheme: str, impl: str) -> FastSDRModel:
+    """The fast model of the same weights that trains by this scheme."""
+    fast = FastSDRModel.from_reference(model)
+    fast.grouped = GroupedConfig(scheme=scheme, impl=impl)
+    return fast
+
+
 def fast(scheme: str, machine: Machine) -> FastSDRModel:
-    model = FastSDRModel.from_reference(reference(machine))
-    model.grouped = GroupedConfig(scheme=scheme, impl=impl_of(machine))
-    return model
+    return fast_model(reference(machine), scheme, impl_of(machine))
 
 
-def compiled(machine: Machine) -> SDRModel:
+def compiled(model: SDRModel, backend: str = "inductor") -> SDRModel:
     """torch.compile over every branch's backbone, which share their code, and over what follows them."""
-    model = reference(machine)
     for part in (*model.branches, model.trfi, model.transformer):
-        part.compile(backend="eager" if machine.rehearsal else "inductor", dynamic=False)
+        part.compile(backend=backend, dynamic=False)
     return model
 
 
@@ -178,11 +185,11 @@ def run(ledger: Ledger, machine: Machine) -> None:
         ledger.attempt(f"step {scheme}", timed, needs_s=LIMIT_S)
     for scheme in SCHEMES:
         ledger.attempt(f"memory {scheme}", lambda scheme=scheme: largest_batch(fast(scheme, machine), views, machine))
-    planar = partial(views, channels_last=False)
+    planar, backend = partial(views, channels_last=False), "eager" if machine.rehearsal else "inductor"
     peers = {
         "eager bf16 NCTHW": (partial(reference, machine), planar, LIMIT_S),
         "eager bf16 channels_last_3d": (lambda: ChannelsLast(reference(machine)), views, LIMIT_S),
-        "torch.compile default bf16": (partial(compiled, machine), planar, COMPILE_S),
+        "torch.compile default bf16": (lambda: compiled(reference(machine), backend), planar, COMPILE_S),
     }
     for name, (build, inputs, needs_s) in peers.items():
         ledger.attempt(f"peer {name}", partial(time_step, build, inputs, clips, machine), needs_s=needs_s)

@@ -40,13 +40,17 @@ def decoded_clips(clips: int, frames: int, size: int, device: torch.device) -> T
     return torch.randint(0, 256, (clips, frames, size, size, 3), dtype=torch.uint8, device=device).movedim(-1, 1)
 
 
-def with_maps(clips: Tensor) -> Callable[..., Tensor]:
-    """``clip_views`` of these clips with one draw of the maps."""
+def maps_of(clips: Tensor) -> list[Tensor]:
+    """One draw of the sampling, colour and hole of each view."""
     drawn = draw_maps(
         TPAConfig(), **KEY, samples=range(len(clips)), num_frames=clips.shape[2], size=tuple(clips.shape[-2:])
     )
-    maps = (torch.from_numpy(array).to(clips.device) for array in drawn)
-    return partial(clip_views, clips, *maps, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return [torch.from_numpy(array).to(clips.device) for array in drawn]
+
+
+def with_maps(clips: Tensor) -> Callable[..., Tensor]:
+    """``clip_views`` of these clips with one draw of the maps."""
+    return partial(clip_views, clips, *maps_of(clips), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def time_views(call: Callable[[], object], clips: Tensor, machine: Machine, *, wall: bool = False) -> dict[str, object]:

@@ -351,4 +351,4 @@ def test_a_kernel_in_a_copy_of_this_tree(tmp_path, plant, code, ending):
     done = run(tmp_path, "--base", str(ROOT), *choice)
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == ending
-    assert ("FAILED in new: timing.WrongAnswer" in done.stdout) == (plant == WRONG)
+    assert ("FAILED in new: answers.WrongAnswer" in done.stdout) == (plant == WRONG)
