@@ -22,8 +22,8 @@ Exit code 0: no regression; 1: a regression; 2: bad usage, or a benchmark that f
 """
 
 import argparse
-import json
 import math
+import os
 import shutil
 import signal
 import statistics
@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ledger import write_json
 from referee import FailedError, NotComparedError, collect, run_pair
 from wording import in_units
 
@@ -195,6 +196,10 @@ def run(options: argparse.Namespace) -> int:
     """Compare, print, write; the exit code."""
     from sdr.terminal import progress_bars
 
+    if options.rounds % 2:
+        raise RefusedError(f"--rounds must be even, got {options.rounds}: the order is A B B A")
+    if options.json and not (options.json.parent.is_dir() and os.access(options.json.parent, os.W_OK)):
+        raise RefusedError(f"--json must lie in a folder that can be written to, got {options.json}")
     with base_tree(options.base) as (base, base_name):
         names, missing = choose(options, base)
         with progress_bars() as bars:
@@ -210,7 +215,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         settings = {"rounds": options.rounds, "tolerance": options.tolerance, "level": LEVEL}
         report = {"base": base_name, "new": named(ROOT), **settings, **found}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     return 2 if found["failed"] or not found["rows"] else 1 if slower else 0
 
 

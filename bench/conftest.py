@@ -42,6 +42,9 @@ def pytest_configure(config):
         if config.option.benchmark_json:
             raise pytest.UsageError("--record names its JSON itself: leave out --benchmark-json")
         folder = config.getoption("--record-folder")
+        chosen = [Path(argument).resolve() for argument in config.args]
+        if folder == RESULTS and (config.option.keyword or config.option.markexpr or chosen != [ROOT / "bench"]):
+            raise pytest.UsageError("a part of the benchmarks is no result: give it a --record-folder of its own")
         folder.mkdir(parents=True, exist_ok=True)
         config.option.benchmark_json = folder / file_name(stamp(None))
 

@@ -1,5 +1,6 @@
 """What the report's plots show, as plain numbers: measured figures by run, and figures computed by the layer model."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -119,9 +120,10 @@ def stages(run: Run) -> list[dict[str, object]]:
         for stage, layers in by_stage(config, clips).items():
             if all(layer.name in rows and rows[layer.name].op == layer.op for layer, _ in layers):
                 ms = sum(1e3 * count * rows[layer.name].median_s for layer, count in layers)
-                floor = sum(1e3 * count * rows[layer.name].figures.get("floor_s", 0.0) for layer, count in layers)
+                floors = [1e3 * count * rows[layer.name].figures.get("floor_s", math.nan) for layer, count in layers]
+                floor = None if math.isnan(sum(floors)) else short(sum(floors))
                 work = f"{counted(clips, 'clip')} x {counted(branches, 'branch')}, {dtype}"
-                found.append({"work": work, "impl": impl, "stage": stage, "ms": short(ms), "floor_ms": short(floor)})
+                found.append({"work": work, "impl": impl, "stage": stage, "ms": short(ms), "floor_ms": floor})
     return found
 
 
@@ -136,8 +138,6 @@ def by_stage(config: SDRConfig, clips: int) -> dict[str, list[tuple[Layer, int]]
 def memory(results: Results) -> list[dict[str, object]]:
     """Gigabytes that an update keeps of a clip of four branches, by part; computed and counted ones apart."""
     kept = {("computed", scheme): saved_bytes(ftcn_released(), scheme) for scheme in TRAINING}
-    for table in results.tables:
-        kept |= {("counted", scheme): parts for scheme, parts in table.get("counted", {}).items()}
     for run in results.runs:
         for row in run.measured:
             parts = row.figures.get("bytes_per_clip")
@@ -145,9 +145,8 @@ def memory(results: Results) -> list[dict[str, object]]:
                 kept["counted", "eager" if row.impl == "reference" else row.impl.split()[-1]] = parts
     rows = []
     for (kind, scheme), parts in kept.items():
-        gigabytes = {part: short(size / 1e9) for part, size in parts.items() if part != "all"}
-        total = short(parts.get("all", sum(parts.values())) / 1e9)  # of figures that were rounded, more than their sum
-        rows.append({"kind": kind, "scheme": scheme, "parts": gigabytes, "all": total})
+        gigabytes = {part: short(size / 1e9) for part, size in parts.items()}
+        rows.append({"kind": kind, "scheme": scheme, "parts": gigabytes, "all": short(sum(parts.values()) / 1e9)})
     return rows
 
 

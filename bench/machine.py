@@ -61,6 +61,11 @@ class Machine:
         """What the timings run in: bf16; float32 in the rehearsal, where CPUs are faster."""
         return torch.float32 if self.rehearsal else torch.bfloat16
 
+    @property
+    def half_name(self) -> str:
+        """As "bfloat16"."""
+        return str(self.half).removeprefix("torch.")
+
     def configs(self) -> dict[str, SDRConfig]:
         """The presets of full width; ``ftcn_released`` first."""
         presets = {"ftcn_released": ftcn_released(), "paper": paper()}

@@ -8,8 +8,8 @@ from ledger import Ledger
 from machine import Machine
 from timings import CLIPS, LIMIT_S, fast_model
 
-from sdr.kernel_profile import profile_kernels
 from sdr.layers import layers_of
+from sdr.profile_kernels import profile_kernels
 
 
 def profile_model(clips: int, machine: Machine) -> dict[str, object]:

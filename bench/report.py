@@ -62,17 +62,18 @@ def spanned(values: Iterable[float], form: str) -> str:
 
 def kernel_table(rows: Sequence[Row]) -> str:
     """One line for each op and implementation; the page has each size."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str, int], list[Row]] = {}
     for row in rows:
-        if row.impl != "reference":
-            groups.setdefault((row.op, row.impl, row.dtype), []).append(row)
+        if row.impl != "reference" and {"share_of_floor", "baseline"} & set(row.figures):
+            groups.setdefault((row.op, row.impl, row.dtype, row.threads), []).append(row)
     lines = []
-    for (op, impl, dtype), members in sorted(groups.items()):
+    for (op, impl, _, _), members in sorted(groups.items()):
         shares = [100 * row.figures["share_of_floor"] for row in members if "share_of_floor" in row.figures]
-        ratios = [row.figures["baseline"]["ratio"] for row in members if "baseline" in row.figures]
+        baselines = (row.figures.get("baseline", {}) for row in members)
+        ratios = [baseline["ratio"] for baseline in baselines if baseline.get("impl") == "reference"]
         times = f"{spanned(shares, '{:.0f}')} %" if shares else ""
-        lines.append([f"`{op}`", impl, dtype, str(len(members)), times, spanned(ratios, "{:.2f}")])
-    columns = ["kernel", "by", "dtype", "sizes", "of floor", "times as fast as the reference"]
+        lines.append([f"`{op}`", impl, precision_text(members[0]), str(len(members)), times, spanned(ratios, "{:.2f}")])
+    columns = ["kernel", "by", "", "sizes", "of floor", "times as fast as the reference"]
     return markdown(columns, lines)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from ledger import NOT_MEASURED
 from summary import summarise
 
+NAMED = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # dtypes, as the names of entries have them
 SUITE, GPU = "pytest bench --benchmark --record", "make gpu"
 MODEL = r"(?P<kind>inference|latency) (?P<what>\w+) (?P<how>.+)"
 BLOCK = r"block (?P<what>[^,]+), (?P<clips>\d+ clips): (?P<how>.+)"
@@ -140,9 +141,12 @@ def read_results(folder: Path) -> Results:
         except (KeyError, TypeError, AttributeError) as error:
             results.errors.append(f"{path.name}: a part is missing or of another form: {type(error).__name__}: {error}")
     for path in sorted(folder.glob("loss_curves*.csv")):
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        results.curves[path.name] = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            results.curves[path.name] = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        except (IndexError, TypeError, ValueError):
+            results.errors.append(f"{path.name}: holds no columns of numbers")
     results.runs.sort(key=lambda run: (run.device, run.date, run.file))
     return results
 
@@ -238,7 +242,7 @@ def gpu_rows(step: str, entries: dict[str, object]) -> Iterator[Row]:
             subject=subject.format(**parts, branches=counted(int(parts.get("n", 0)), "branch")),
             op=entry.get("op", op),
             impl=impl.format(**parts),
-            dtype="float32" if "fp32" in key else "bfloat16",
+            dtype=entry.get("dtype") or next((dtype for name, dtype in NAMED.items() if name in key), ""),
             median_s=entry.get("median_s", entry.get("seconds")),
             figures=entry,
         )

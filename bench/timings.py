@@ -62,7 +62,7 @@ def time_model(
     result = machine.measure(lambda: model(views), limit_s=LIMIT_S, wall=wall)
     layers = layers_of(model.config, clips, input_itemsize=views.element_size())
     result = against_floor(result, layers, machine)
-    return {"clips": clips, "clips_per_s": clips / result["median_s"], **result}
+    return {"clips": clips, "clips_per_s": clips / result["median_s"], "dtype": machine.half_name, **result}
 
 
 def time_presets(ledger: Ledger, machine: Machine) -> None:
@@ -116,7 +116,7 @@ def time_op(layer: Layer, count: int, config: SDRConfig, clips: int, machine: Ma
     result = against_floor(machine.measure(calls, limit_s=LIMIT_S), [layer], machine)
     if machine.rates is not None:
         result["bound"] = layer.bound(*machine.rates)
-    return {"op": layer.op, "count": count, "clips": clips, "inputs": len(calls), **result}
+    return {"op": layer.op, "count": count, "clips": clips, "inputs": len(calls), "dtype": machine.half_name, **result}
 
 
 def time_ops(ledger: Ledger, machine: Machine) -> None:

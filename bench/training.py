@@ -61,7 +61,8 @@ def time_step(build: Callable[[], nn.Module], views: Callable[[int], Tensor], cl
             clips //= 2
             continue
         peak = torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else 0
-        return {"clips": clips, "clips_per_s": clips / result["median_s"], "peak_bytes": peak, **result}
+        rate = {"clips": clips, "clips_per_s": clips / result["median_s"], "dtype": machine.half_name}
+        return {**rate, "peak_bytes": peak, **result}
 
 
 def peak_bytes(model: nn.Module, views: Tensor, machine: Machine) -> int:

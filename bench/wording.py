@@ -8,7 +8,7 @@ from rows import Row, Run, counted
 def in_units(seconds: float) -> str:
     """Three digits of a time and its unit."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
+        if seconds * factor >= 0.9995:  # three digits of less are 1000 of the next unit
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
 

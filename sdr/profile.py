@@ -29,6 +29,7 @@ trace       path of the Chrome trace
 import gc
 import os
 import platform
+import re
 import statistics
 import tempfile
 import time
@@ -41,10 +42,10 @@ import torch
 
 from sdr.errors import SDRError
 from sdr.files import atomic_file
-from sdr.kernel_profile import PASSES, profile_kernels, profiled
-from sdr.profile_advice import advice
-from sdr.profile_data import feeding_advice, make_loader, measure_feeding
+from sdr.profile_advice import advice, feeding_advice
+from sdr.profile_data import make_loader, measure_feeding
 from sdr.profile_floors import layers_by_op, least, split, stage_rows
+from sdr.profile_kernels import PASSES, profile_kernels, profiled
 from sdr.profile_stages import (
     Segment,
     StageMemory,
@@ -58,7 +59,7 @@ from sdr.profile_stages import (
     stage_times,
 )
 from sdr.profile_work import Inference, ProfileConfig, Training, with_weights
-from sdr.timing import measure_ceilings, synchronise
+from sdr.timing import Ceilings, measure_ceilings, synchronise
 from sdr_kernels.info import choice, versions
 
 LIMIT_S = 2.0  # of each measurement, once the first calls are over
@@ -95,27 +96,35 @@ def profile(
     try:
         # events and streams are those of the current device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            dtype = config.dtype_on(device)
+            ceilings = measure_ceilings(device, [dtype], say=lambda what: say(f"ceilings: {what}"))
             say("model")
+            require_memory(config, device)
             step = 2 if config.train else 1  # an update is half real and half fake
             work = fitting(lambda clips: build(config, device, clips, weights), config.clips(device), device, step=step)
-            report = measure(work, say)
-            if trace is not None:
-                say("trace")
-                write_trace(work, Path(trace))
-                report["trace"] = str(Path(trace).resolve())
+            try:
+                report = measure(work, ceilings, say)
+                if trace is not None:
+                    say("trace")
+                    write_trace(work, Path(trace))
+                    report["trace"] = str(Path(trace).resolve())
+            except torch.OutOfMemoryError as error:  # the profiler and its events take some themselves
+                what = f"a batch of {work.clips} fits into that of {device}, but its profile does not"
+                raise SDRError("memory", what, "a smaller --batch") from error
             return report
     finally:
         torch.set_num_threads(threads)
 
 
-def measure(work: Work, say: Say) -> dict[str, object]:
+def measure(work: Work, ceilings: Ceilings, say: Say) -> dict[str, object]:
     """The report, but for the trace."""
     config, device = work.config, work.device
     loader = make_loader(config, device, work.clips) if config.data else None
-    ceilings = measure_ceilings(device, [work.dtype], say=lambda what: say(f"ceilings: {what}"))
     rates = ceilings.rates(work.dtype)
     report: dict = {"machine": machine(device), "model": describe(work), "not_measured": {}}
     report["ceilings"] = {"flops_per_s": rates[0], "bytes_per_s": rates[1], "ridge": ceilings.ridge(work.dtype)}
+    say("memory")
+    measure_process(report, work)  # before the profiler, which takes far more than a small model
     say("throughput")
     report["throughput"] = timed(work, device, work.clips)
     say("latency")
@@ -124,7 +133,7 @@ def measure(work: Work, say: Say) -> dict[str, object]:
     measure_stages(report, work, rates)
     say("kernels")
     measure_kernels(report, work, rates)
-    say("memory")
+    say("memory by stage")
     measure_memory(report, work)
     report["advice"] = advice(report, config)
     if loader is None:
@@ -143,6 +152,19 @@ def build(config: ProfileConfig, device: torch.device, clips: int, weights) -> W
     work()
     synchronise(device)
     return work
+
+
+def require_memory(config: ProfileConfig, device: torch.device) -> None:
+    """Raise SDRError where the views alone are more than a CPU's memory has: Linux promises it and then kills."""
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return
+    available = 1024 * int(re.search(r"^MemAvailable:\s*(\d+)", meminfo.read_text(), re.MULTILINE)[1])
+    model, clips = config.model, config.clips(device)
+    a_clip = model.num_branches * 3 * model.num_frames * model.image_size**2 * config.dtype_on(device).itemsize
+    if clips * a_clip > available // 2:  # as much again goes through the network
+        what = f"the views of {clips} clips take {clips * a_clip / 1e9:.3g} GB, {available / 1e9:.3g} GB are free"
+        raise SDRError("memory", what, f"--batch {max(2, available // (2 * a_clip) // 2 * 2)} or less")
 
 
 def fitting(make: Callable[[int], Work], clips: int, device: torch.device, *, step: int = 1) -> Work:
@@ -226,7 +248,7 @@ def measure_stages(report: dict, work: Work, rates: tuple[float, float]) -> None
     with work.by_stage():
         for _ in range(passes_within(2 * median_s, REPEATS // 2) + 1):
             wholes.append(round_s(work, work.device, 1))
-            passes.append(stage_times(work, work.device, ahead_s=median_s))
+            passes.append(stage_times(work, work.device, ahead_s=wholes[-1]))
     first = int(len(passes) > 2)  # which may be slow
     times, floors = medians(passes[first:]), least(work, rates)
     report["stages"] = stage_rows(times, floors, train=work.config.train)
@@ -247,23 +269,29 @@ def measure_kernels(report: dict, work: Work, rates: tuple[float, float]) -> Non
     report["kernels"] = found | {"passes": passes}
 
 
+def measure_process(report: dict, work: Work) -> None:
+    """Add what the process holds between calls and at the peak of one; a GPU's is its allocator's, by stage."""
+    report["memory"] = {}
+    if work.device.type == "cuda":
+        return
+    known = reset_resident()
+    work()
+    if held := resident() if known else None:
+        report["memory"] = {"peak_bytes": held.peak, "resident_bytes": held.now}
+    else:
+        report["not_measured"]["peak memory"] = "this system does not say what a process holds"
+
+
 def measure_memory(report: dict, work: Work) -> None:
     """Add what is kept for the backward pass, and what is allocated, by stage where that can be known."""
     rows = {row["stage"]: row for row in report["stages"]}
-    cuda = work.device.type == "cuda"
-    if cuda:
+    if work.device.type == "cuda":
         with work.by_stage():
             found = stage_memory(work, allocator_of(work.device))
         add_memory(rows, found)
-        report["memory"] = {"peak_bytes": max(memory.peak for memory in found.values())}
+        report["memory"]["peak_bytes"] = max(memory.peak for memory in found.values())
     else:
         report["not_measured"]["memory by stage"] = "a CPU's allocator does not say; what training keeps is counted"
-        known = reset_resident()
-        work()
-        held = resident() if known else None
-        report["memory"] = {} if held is None else {"peak_bytes": held.peak, "resident_bytes": held.now}
-        if held is None:
-            report["not_measured"]["peak memory"] = "this system does not say what a process holds"
     if isinstance(work, Training):
         for stage, size in (kept := saved_bytes(work, work.model)).items():
             rows[stage]["saved_bytes"] = size

@@ -3,12 +3,17 @@
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
-from sdr.profile_work import ProfileConfig
+import torch
+
+from sdr.profile_data import WAITS, Feeding
+from sdr.profile_work import ProfileConfig, Training
 
 IDLE = 0.2  # share of a GPU's time between kernels from which launching bounds
 LARGE = 0.2  # share of the time from which a stage is worth a word
-NOISY = 0.2  # spread of the times from which they say little
+NOISY = 0.1  # spread of the times from which they say little
 FAR = 0.5  # share of its floor below which a stage is far from it
+READING = 0.5  # share of the loader's time from which reading is what takes it
+FASTER = {"cuda": ("dali", "triton"), "cpu": ("dali",)}  # augmentations beside the reference
 
 
 def advice(report: Mapping, config: ProfileConfig) -> list[str]:
@@ -50,7 +55,8 @@ def far_stages(report: Mapping) -> Iterator[str]:
 
 def memory_bound(report: Mapping) -> Iterator[str]:
     """Stages that memory bounds, where a narrower dtype would move less."""
-    rows = [row for row in report["stages"] if row.get("bound") == "memory"]
+    near = (row for row in report["stages"] if row.get("share_of_floor", 0.0) >= FAR)
+    rows = [row for row in near if row["bound"] == "memory"]
     share = sum(row["share_of_time"] for row in rows)
     if share > LARGE and report["model"]["dtype"] == "float32":
         names = ", ".join(row["stage"] for row in rows)
@@ -78,3 +84,37 @@ def kept(report: Mapping, config: ProfileConfig) -> Iterator[str]:
                 f"{row['stage']} keeps {100 * share:.0f} % of the {total / 1e6:.3g} MB that wait for the backward "
                 f"pass: {how} keeps its input alone, for more time"
             )
+
+
+def feeding_advice(feeding: Feeding, work: Training, augmentation: str) -> list[str]:
+    """What to change, by what was measured; options that exist.
+
+    Args:
+        feeding: what was measured.
+        work: the update.
+        augmentation: of the loader.
+    """
+    share = f"{100 * feeding.waiting_share:.0f} % of an update is spent waiting for the loader"
+    if feeding.waiting_share <= WAITS:
+        return [f"{share}, so a faster loader would change nothing; to try: {', '.join(faster_updates(work))}"]
+    if feeding.reading_share > READING:
+        now = work.config.loader
+        how = f"reading takes {100 * feeding.reading_share:.0f} % of the loader's time: --loader.readers above"
+        return [f"{share}; {how} {now.readers}, --loader.ahead above {now.ahead}, or a cache on a faster disk"]
+    others = [other for other in FASTER[work.device.type] if other != augmentation]
+    how = " or ".join(f"--loader.augmentation {other}" for other in others) or "no other is left to try here"
+    return [
+        f"{share}; augmentation by {augmentation} takes {100 * (1 - feeding.reading_share):.0f} % of its time: {how}"
+    ]
+
+
+def faster_updates(work: Training) -> list[str]:
+    """Options of an update that it is not run with."""
+    config = work.config
+    found = ["--dtype bfloat16"] * (work.dtype == torch.float32)
+    found += ["no recomputation"] * bool(config.recompute or config.grouped.recompute)
+    if config.implementation == "reference":
+        found.append("--implementation fast")
+    elif not work.plan.plain:
+        found.append(f"--grouped.scheme {'gram' if work.plan.name == 'fused' else 'fused'}")
+    return [*found, f"--batch above {work.clips}"]

@@ -14,7 +14,9 @@ from sdr.files import write_atomic
 from sdr.terminal import pick_device, progress_bars, refusals, require, settings
 from sdr.train_command import DEFAULT_PRESET, find_preset
 
-STEPS = ("model", "ceilings", "throughput", "latency", "stages", "kernels", "memory", "loader", "trace")
+STEPS = (
+    "ceilings", "model", "memory", "throughput", "latency", "stages", "kernels", "memory by stage", "loader", "trace"
+)  # fmt: skip
 QUIET = "99"  # above every level of the profiler's own log, which would write among the progress bars
 
 
@@ -51,16 +53,22 @@ def run_profile(options) -> int:
     if config.weights is not None and config.model != PRESETS[options.preset]():
         raise SDRError("options", "model's settings are those of the weights: give either", "leave out --model")
     device = pick_device(options.device)
-    for path in filter(None, (options.trace, options.json)):
+    targets = [path for path in (options.trace, options.json) if path is not None]
+    for path in targets:
         check_target(path)
+    if len({Path(path).resolve() for path in targets}) < len(targets):
+        raise SDRError(options.json, "is to hold the trace too", "give --trace and --json a file each")
     if config.data is not None:
         require("prepare")
     os.environ.setdefault("KINETO_LOG_LEVEL", QUIET)
     with step_bar() as say, refusals():
         report = profile(config, device, trace=options.trace, say=say)
-    if options.json is not None:
-        write_atomic(options.json, json.dumps(report, indent=1) + "\n")
     show(report)
+    if options.json is not None:
+        try:
+            write_atomic(options.json, json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise SDRError(options.json, f"cannot be written: {error.strerror}") from error
     for name in ("trace", "json"):
         if (path := getattr(options, name)) is not None:
             print(f"{name}: {escape(Path(path).resolve())}")

@@ -12,12 +12,10 @@ import torch
 from sdr.clip_cache import ClipCache
 from sdr.evaluate import require_classes, require_shape
 from sdr.loading import Batch, TrainingLoader
-from sdr.profile_work import ProfileConfig, Training
+from sdr.profile_work import ProfileConfig
 from sdr.timing import synchronise
 
 WAITS = 0.1  # share of an update from which waiting for the loader is worth a change
-READING = 0.5  # share of the loader's time from which reading is what takes it
-FASTER = {"cuda": ("dali", "triton"), "cpu": ("dali",)}  # augmentations beside the reference
 ROUND_S, BATCHES, ROUNDS = 1.0, 20, 3  # each part takes its turn in every round
 
 
@@ -111,37 +109,3 @@ def measure_feeding(loader: TrainingLoader, update: Callable[[Batch], object], b
             rounds.append([clips_per_s(source, clips, loader.device, skip=n, use=use) for source, use, n in turns])
     waiting = [max(0.0, 1 - together / alone) for _, _, alone, together in rounds]
     return Feeding(*map(statistics.median, zip(*rounds, strict=True)), statistics.median(waiting))
-
-
-def feeding_advice(feeding: Feeding, work: Training, augmentation: str) -> list[str]:
-    """What to change, by what was measured; options that exist.
-
-    Args:
-        feeding: what was measured.
-        work: the update.
-        augmentation: of the loader.
-    """
-    share = f"{100 * feeding.waiting_share:.0f} % of an update is spent waiting for the loader"
-    if feeding.waiting_share <= WAITS:
-        return [f"{share}, so a faster loader would change nothing; to try: {', '.join(faster_updates(work))}"]
-    if feeding.reading_share > READING:
-        now = work.config.loader
-        how = f"reading takes {100 * feeding.reading_share:.0f} % of the loader's time: --loader.readers above"
-        return [f"{share}; {how} {now.readers}, --loader.ahead above {now.ahead}, or a cache on a faster disk"]
-    others = [other for other in FASTER[work.device.type] if other != augmentation]
-    how = " or ".join(f"--loader.augmentation {other}" for other in others) or "no other is left to try here"
-    return [
-        f"{share}; augmentation by {augmentation} takes {100 * (1 - feeding.reading_share):.0f} % of its time: {how}"
-    ]
-
-
-def faster_updates(work: Training) -> list[str]:
-    """Options of an update that it is not run with."""
-    config = work.config
-    found = ["--dtype bfloat16"] * (work.dtype == torch.float32)
-    found += ["no recomputation"] * bool(config.recompute or config.grouped.recompute)
-    if config.implementation == "reference":
-        found.append("--implementation fast")
-    elif not work.plan.plain:
-        found.append(f"--grouped.scheme {'gram' if work.plan.name == 'fused' else 'fused'}")
-    return [*found, f"--batch above {work.clips}"]

@@ -1,5 +1,6 @@
 """What a profile runs: a forward pass or an update of the user's own model."""
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -64,6 +65,8 @@ class ProfileConfig:
         for name in ("batch", "threads"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        cores = os.cpu_count() or 1
+        check(self.threads is None or self.threads <= cores, "threads", f"be at most {cores}, the cores", self.threads)
         for name in ("train", "recompute"):
             check_flag(name, getattr(self, name))
         check_choice("implementation", self.implementation, ("fast", "reference"))

@@ -138,6 +138,8 @@ def measure_ceilings(
         say: is told what is measured next.
     """
     size, nbytes = MATMUL[device.type] // shrink, COPY_BYTES[device.type] // shrink
+    if device.type == "cuda":
+        nbytes = min(nbytes, torch.cuda.mem_get_info(device)[0] // 4)  # source and target, and room beside them
     rates = {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")

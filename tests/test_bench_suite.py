@@ -382,6 +382,16 @@ def test_a_recorded_session_holds_ceilings_stamp_rows_and_reasons(bench, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_part_is_no_result():
+    """A newer file of a few rows would take the place of all of them in README."""
+    pytest.importorskip("pytest_benchmark")
+    for chosen in (("bench/bench_start.py",), ("bench", "-k", "start")):
+        done = pytest_bench(*chosen, "--benchmark", "--record")
+        assert done.returncode == 4
+        assert "a part of the benchmarks is no result" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_check_records_nothing(tmp_path):
     pytest.importorskip("pytest_benchmark")
     done = pytest_bench("bench/bench_start.py", "--record", "--record-folder", str(tmp_path))

@@ -35,7 +35,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHERS = {  # options of other programs that the pages name
     "--extra-index-url",  # pip
     "--nproc_per_node",  # torchrun
-    "--benchmark",  # pytest
+    *("--benchmark", "--record-folder"),  # pytest bench
     *("--json", "--rounds", "--tolerance", "--longest"),  # bench/compare.py, python -m sdr_kernels.info
 }
 OF_ONE_THEME = {"--grouped.", "--limits.*"}  # a prefix of several options

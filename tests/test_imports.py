@@ -19,14 +19,15 @@ LAYERS = [
     {"transformer", "faces", "datasets", "dali", "model_card", "published"},
     {"timing", "ftcn", "trfi", "frame_lists", "deepfakebench", "synth_layouts", "clip_cache"},
     {"model", "layers", "graphs", "layouts", "synth", "cache_check", "shortcut"},
-    {"packing", "passes", "grouped", "losses", "checkpoint", "loading", "evaluate", "cutting", "kernel_profile"},
+    {"packing", "passes", "grouped", "losses", "checkpoint", "loading", "evaluate", "cutting", "profile_kernels"},
     {"fast", "training_passes", "prepare", "train_config", "checkpoints"},
     {"study_config"},
     {"engine", "objective", "training_report", "score", "profile_stages"},
     {"trainer", "report", "run_results"},
     {"train"},
     {"protocol", "profile_work"},
-    {"profile_floors", "profile_data", "profile_advice"},
+    {"profile_floors", "profile_data"},
+    {"profile_advice"},
     {"profile"},
     {"reproduce", "study"},
     {"reproduce_tables", "study_table"},
@@ -75,7 +76,7 @@ MODEL = {
     "train",
     "score",
 }
-MODEL |= {"stages", "profile", "profile_work", "profile_floors", "profile_stages", "kernel_profile"}
+MODEL |= {"stages", "profile", "profile_work", "profile_floors", "profile_stages", "profile_kernels"}
 MODEL |= {"hub", "evaluate", "objective", "engine", "trainer", "train_config", "model_card"}
 BASE = {"torch", "numpy", "sdr", "sdr_kernels"}
 WORKER = {"av"}  # run as a script of its own
