@@ -147,7 +147,9 @@ GPU_PEERS = {
 @pytest.mark.parametrize("peer", [*PEERS, *GPU_PEERS])
 def bench_peer(benchmark, peer, device, small):
     if peer in GPU_PEERS and KIND == "cpu":
-        pytest.skip(f"{NOT_MEASURED}of the whole model on a GPU alone; bench_blocks has it of a block on a CPU")
+        pytest.skip(
+            f"{NOT_MEASURED}this peer runs the whole model on a GPU alone; bench_blocks has it of a block on a CPU"
+        )
     build, dtype, channels_last = (PEERS | GPU_PEERS)[peer]
     config, dtype = config_of(small), DTYPES[dtype]
     clips = 1 if small else CLIPS

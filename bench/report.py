@@ -81,7 +81,7 @@ def whole_table(rows: Sequence[Row]) -> str:
     """The model, its training, data and the rest, a line for each figure."""
     lines = [
         [
-            *(row.subject, row.impl, precision_text(row), in_units(row.median_s)),
+            *(row.subject, row.impl, precision_text(row), in_units(row.median_s) + memory_text(row)),
             *(percent(row.figures.get("share_of_floor")), baseline_text(row)),
         ]
         for row in sorted(rows, key=natural)
@@ -96,7 +96,7 @@ def memory_table(rows: Sequence[Row]) -> str:
     for row in rows:
         kept = row.figures["bytes_per_clip"]
         lines.append([row.impl, *(f"{kept[part] / 1e9:.2f}" for part in parts), f"{sum(kept.values()) / 1e9:.2f}"])
-    return markdown([f"{rows[0].subject}, GB a clip", *parts, "all"], lines)
+    return markdown([f"{rows[0].subject}, {rows[0].dtype}, GB", *parts, "all"], lines)
 
 
 def of_scaling(row: Row) -> bool:
@@ -104,11 +104,21 @@ def of_scaling(row: Row) -> bool:
     return "scaling" in row.subject or "scaling" in row.impl
 
 
+def of_process(row: Row) -> bool:
+    """It is timed in a process of its own, whose memory is told."""
+    return row.subject.endswith("a process")
+
+
+def memory_text(row: Row) -> str:
+    return f", {row.figures['peak_bytes'] / 1e9:.1f} GB" if of_process(row) else ""
+
+
 def run_section(run: Run) -> list[str]:
     """A run's tables with where they come from, and why figures are missing."""
-    kernels = [row for row in run.measured if row.op in KERNELS]
+    kernels = [row for row in run.measured if row.op in KERNELS and not of_process(row)]
     kept = [row for row in run.measured if isinstance(row.figures.get("bytes_per_clip"), dict)]
-    whole = [row for row in run.measured if row.op not in KERNELS and row not in kept and not of_scaling(row)]
+    whole = [row for row in run.measured if row.op not in KERNELS or of_process(row)]
+    whole = [row for row in whole if row not in kept and not of_scaling(row)]
     ceilings = f" Measured ceilings, which floors are computed from: {ceilings_text(run)}." if run.ceilings else ""
     parts = [f"{provenance(run)}.{ceilings}"]
     parts += [whole_table(whole)] if whole else []

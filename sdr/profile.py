@@ -7,7 +7,7 @@ machine     device, threads, memory_bytes, sdr, torch, python, platform and what
 model       config, weights, parameters, views (their shape), clips, dtype, train, implementation, plan (``block``: our
             kernels in inference; ``gram``, ``fused``: a training scheme; ``eager``: the plain branches), why (of the
             plain branches), ops (op to what runs it on this device)
-ceilings    flops_per_s in this dtype, bytes_per_s, ridge in FLOPs a byte: measured a moment ago
+ceilings    flops_per_s in dtype (float32 for float16 on a CPU), bytes_per_s, ridge in FLOPs a byte: measured now
 throughput  clips, median_s, spread (between quartiles, over the median; absent for fewer than 4), repeats, clips_per_s
 latency     the same of one clip, by the wall clock; in inference
 split       forward_s, loss_s, backward_s, optimiser_s of an update
@@ -96,7 +96,7 @@ def profile(
     try:
         # events and streams are those of the current device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            dtype = config.dtype_on(device)
+            dtype = arithmetic(config.dtype_on(device), device)
             ceilings = measure_ceilings(device, [dtype], say=lambda what: say(f"ceilings: {what}"))
             say("model")
             require_memory(config, device)
@@ -120,9 +120,11 @@ def measure(work: Work, ceilings: Ceilings, say: Say) -> dict[str, object]:
     """The report, but for the trace."""
     config, device = work.config, work.device
     loader = make_loader(config, device, work.clips) if config.data else None
-    rates = ceilings.rates(work.dtype)
+    dtype = arithmetic(work.dtype, device)
+    rates = ceilings.rates(dtype)
     report: dict = {"machine": machine(device), "model": describe(work), "not_measured": {}}
-    report["ceilings"] = {"flops_per_s": rates[0], "bytes_per_s": rates[1], "ridge": ceilings.ridge(work.dtype)}
+    report["ceilings"] = {"flops_per_s": rates[0], "bytes_per_s": rates[1], "ridge": ceilings.ridge(dtype)}
+    report["ceilings"]["dtype"] = str(dtype).removeprefix("torch.")
     say("memory")
     measure_process(report, work)  # before the profiler, which takes far more than a small model
     say("throughput")
@@ -144,6 +146,11 @@ def measure(work: Work, ceilings: Ceilings, say: Say) -> dict[str, object]:
     report["data"] = feeding.as_dict() | {"augmentation": loader.augmentation}
     report["advice"] += feeding_advice(feeding, work, loader.augmentation)
     return report
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """That products are computed in at the best rate: few CPUs have any for float16."""
+    return torch.float32 if (dtype, device.type) == (torch.float16, "cpu") else dtype
 
 
 def build(config: ProfileConfig, device: torch.device, clips: int, weights) -> Work:

@@ -1,5 +1,6 @@
 """What a profile's figures say to change; every sentence holds the figure that it comes from."""
 
+import os
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
@@ -11,6 +12,7 @@ from sdr.profile_work import ProfileConfig, Training
 IDLE = 0.2  # share of a GPU's time between kernels from which launching bounds
 LARGE = 0.2  # share of the time from which a stage is worth a word
 NOISY = 0.1  # spread of the times from which they say little
+APART = 1.3  # times as long as the same call, from which either says little
 FAR = 0.5  # share of its floor below which a stage is far from it
 READING = 0.5  # share of the loader's time from which reading is what takes it
 FASTER = {"cuda": ("dali", "triton"), "cpu": ("dali",)}  # augmentations beside the reference
@@ -28,9 +30,18 @@ def advice(report: Mapping, config: ProfileConfig) -> list[str]:
 
 
 def noise(report: Mapping) -> Iterator[str]:
+    cpu = report["machine"]["kind"] == "cpu"
     spread = report["throughput"].get("spread", 0.0)
+    once_s, again_s = report["throughput"]["median_s"], report["whole_s"]
+    said = ""
     if spread > NOISY:
-        yield f"times spread by {100 * spread:.0f} %: something else is at work on this machine; measure again without"
+        said = f"times spread by {100 * spread:.0f} %"
+    elif cpu and max(once_s, again_s) > APART * min(once_s, again_s):  # on a GPU one is without a CUDA graph
+        said = f"the same call took {1e3 * once_s:.3g} ms, and {1e3 * again_s:.3g} ms a moment later"
+    if said:
+        waits = cpu and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive"
+        how = ", or with OMP_WAIT_POLICY=passive, so that idle threads do not wait in a loop" * waits
+        yield f"{said}: something else is at work on this machine; measure again without{how}"
 
 
 def launches(report: Mapping) -> Iterator[str]:
@@ -64,7 +75,12 @@ def memory_bound(report: Mapping) -> Iterator[str]:
 
 
 def plain_branches(report: Mapping, config: ProfileConfig) -> Iterator[str]:
-    if report["model"]["plan"] == "eager" and config.implementation == "reference":
+    if report["model"]["plan"] != "eager":
+        return
+    if config.train and report["machine"]["kind"] == "cpu":
+        how = "--implementation fast --grouped.impl cpu"
+        yield f"the plain branches were profiled: {how} keeps less for the backward pass, and takes more time"
+    elif config.implementation == "reference":
         yield "the plain branches were profiled: --implementation fast compares our kernels with them"
 
 
@@ -94,9 +110,13 @@ def feeding_advice(feeding: Feeding, work: Training, augmentation: str) -> list[
         work: the update.
         augmentation: of the loader.
     """
+    if feeding.bottleneck == "update":
+        keeps = f"the loader alone makes {feeding.loader:.3g} clips/s, the update takes {feeding.update:.3g}"
+        if feeding.waiting_share > WAITS:
+            keeps += f", together they make {feeding.together:.3g}"
+            keeps += ", for they share the cores" * (work.device.type == "cpu")
+        return [f"{keeps}: a faster loader would change nothing; to try: {', '.join(faster_updates(work))}"]
     share = f"{100 * feeding.waiting_share:.0f} % of an update is spent waiting for the loader"
-    if feeding.waiting_share <= WAITS:
-        return [f"{share}, so a faster loader would change nothing; to try: {', '.join(faster_updates(work))}"]
     if feeding.reading_share > READING:
         now = work.config.loader
         how = f"reading takes {100 * feeding.reading_share:.0f} % of the loader's time: --loader.readers above"

@@ -56,10 +56,12 @@ def head(report: Mapping) -> Iterator[str]:
         yield f"weights {escape(model['weights'])}"
     yield f"implementation {model['implementation']}: {implementation(model)}"
     rates = quantity(ceilings["flops_per_s"], "FLOP/s"), quantity(ceilings["bytes_per_s"], "B/s")
-    yield f"ceilings, measured now: {rates[0]} and {rates[1]}, {ceilings['ridge']:.3g} FLOP a byte"
+    top = f"{rates[0]} in {ceilings['dtype']} and {rates[1]}"
+    yield f"ceilings, measured now: {top}, {ceilings['ridge']:.3g} FLOP a byte"
     yield f"throughput: {timing(report['throughput'])}"
     if "latency" in report:
-        yield f"latency: {timing(report['latency'])}, wall clock"
+        latency = report["latency"]
+        yield f"latency of one clip, wall clock: {milliseconds(latency['median_s'])} ms ({sampled(latency)})"
     if "split" in report:
         parts = {name.removesuffix("_s"): seconds for name, seconds in report["split"].items()}
         yield "an update: " + ", ".join(f"{name} {milliseconds(seconds)} ms" for name, seconds in parts.items())
@@ -74,10 +76,14 @@ def implementation(model: Mapping) -> str:
 
 
 def timing(row: Mapping) -> str:
-    spread = f", spread {100 * row['spread']:.0f} %" if "spread" in row else ""
-    count = f"median of {row['repeats']}" if row["repeats"] > 1 else "once"
     clips = "1 clip" if row["clips"] == 1 else f"{row['clips']} clips"
-    return f"{row['clips_per_s']:.3g} clips/s ({clips} in {milliseconds(row['median_s'])} ms, {count}{spread})"
+    return f"{row['clips_per_s']:.3g} clips/s ({clips} in {milliseconds(row['median_s'])} ms, {sampled(row)})"
+
+
+def sampled(row: Mapping) -> str:
+    """How often a time was taken, and how far the times are apart."""
+    count = f"median of {row['repeats']}" if row["repeats"] > 1 else "once"
+    return f"{count}, spread {100 * row['spread']:.0f} %" if "spread" in row else f"{count}, spread not known"
 
 
 def tables(report: Mapping) -> Iterator[tuple[str, Sequence[str], list[list[str]]]]:

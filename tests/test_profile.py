@@ -16,7 +16,7 @@ from clip_caches import make_cache
 from models import CONFIGS, random_views
 from torch.autograd import DeviceType
 
-from sdr import FTCN, ftcn_released, layers, profile_data, profile_stages, stages, training_passes
+from sdr import FTCN, ftcn_released, layers, profile_advice, profile_data, profile_stages, stages, training_passes
 from sdr import profile as profiler
 from sdr.checkpoint import WeightsInfo, save_weights
 from sdr.cli import main
@@ -486,7 +486,9 @@ def test_advice_on_loading_names_options_that_change_something():
 
 def test_advice_holds_the_figure_that_it_comes_from():
     report = {
-        "throughput": {"spread": 0.3},
+        "machine": {"kind": "cuda"},
+        "whole_s": 0.01,
+        "throughput": {"spread": 0.3, "median_s": 0.01},
         "kernels": {"idle_share": 0.6, "launches": 900.0},
         "model": {"clips": 2, "dtype": "float32", "plan": "gram"},
         "memory": {"saved_bytes": 1000},
@@ -503,10 +505,26 @@ def test_advice_holds_the_figure_that_it_comes_from():
     assert "memory bounds stem, 25 % of the time" in told  # res2 is far from what memory allows
     assert "res2 keeps 90 %" in told
     assert "--grouped.recompute '[res2]'" in told
-    report["kernels"], report["throughput"], report["memory"] = {}, {}, {}
+    report["kernels"], report["memory"] = {}, {}
+    del report["throughput"]["spread"]
     report["model"]["dtype"] = "bfloat16"
     report["stages"][1]["share_of_floor"] = 0.8
     assert advice(report, config(train=True)) == []
+
+
+@pytest.mark.parametrize(("policy", "hint"), [("passive", False), ("active", True)])
+def test_two_times_of_one_call_that_are_apart_are_said(monkeypatch, policy, hint):
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    report = {"machine": {"kind": "cpu"}, "throughput": {"median_s": 4.0}, "whole_s": 0.6}
+    (line,) = profile_advice.noise(report)
+    assert "took 4e+03 ms, and 600 ms a moment later" in line
+    assert ("OMP_WAIT_POLICY=passive" in line) == hint
+    assert list(profile_advice.noise(report | {"whole_s": 3.5})) == []
+
+
+def test_float16_on_a_cpu_is_held_against_float32(monkeypatch):
+    report = profile(config(dtype="float16"), CPU)
+    assert (report["model"]["dtype"], report["ceilings"]["dtype"]) == ("float16", "float32")
 
 
 def test_ops_of_a_gpu_are_held_against_their_floors():
