@@ -54,7 +54,7 @@ report: $(VENV)/installed
 
 # is this tree slower than BASE, a commit or folder; COMPARE='-k EXPR --json FILE' and other options
 compare: $(VENV)/installed
-	@PYTHONPATH=. $(BIN)/python bench/compare.py --base '$(BASE)' $(COMPARE)
+	@PYTHONPATH=. $(BIN)/python bench/compare_trees.py --base '$(BASE)' $(COMPARE)
 
 # checks and times on this machine's GPU, under 10 minutes; installs nothing; OUT=folder and COMMIT=name are optional
 gpu:

@@ -1,4 +1,4 @@
-"""Turns that a comparison gives to two processes, so that only one of them works at a time (bench/compare.py).
+"""Turns that a comparison gives to two processes, so that only one of them works at a time (bench/compare_trees.py).
 
 The comparison names two pipes and the number of rounds in the environment. A turn lasts from the return of
 :func:`take_turn` until its next call or the end of the process. Nothing here imports more than the standard library.

@@ -30,7 +30,7 @@ def bench(monkeypatch):
 
 
 def test_interval_is_the_binomials(bench):
-    interval, least = bench("compare").interval, bench("compare").least_pairs
+    interval, least = bench("compare_trees").interval, bench("compare").least_pairs
     ratios = list(range(1, 11))
     # of ten fair coins: none 1/1024, at most one 11/1024, at most two 56/1024
     for alpha, expected in [(0.002, (1, 10)), (0.0214, (1, 10)), (0.0215, (2, 9)), (0.1093, (2, 9)), (0.11, (3, 8))]:
@@ -44,7 +44,7 @@ def test_interval_is_the_binomials(bench):
 
 @pytest.mark.parametrize("draw", ["lognormal", "standard_cauchy"])
 def test_interval_holds_the_median_as_often_as_it_says(bench, draw):
-    interval, rng = bench("compare").interval, np.random.default_rng(0)
+    interval, rng = bench("compare_trees").interval, np.random.default_rng(0)
     runs, n, k = 4000, 40, 14  # P(binomial(40, 1/2) < 14) = 0.0192, < 15 already 0.0403
     outside = 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
     median = {"lognormal": 1.0, "standard_cauchy": 0.0}[draw]
@@ -62,7 +62,7 @@ def simulated(rng, pairs: int, slow_down: float) -> tuple[np.ndarray, np.ndarray
 
 
 def test_nothing_changed_is_no_regression_and_twice_the_time_always_is(bench):
-    judge, rng = bench("compare").judge, np.random.default_rng(0)
+    judge, rng = bench("compare_trees").judge, np.random.default_rng(0)
     verdicts = [judge(*simulated(rng, 40, 1.0), 0.05 / 20, 0.05)["verdict"] for _ in range(1000)]
     assert verdicts.count("slower") + verdicts.count("faster") <= 2
     assert all(judge(*simulated(rng, 40, 2.0), 0.05 / 20, 0.05)["verdict"] == "slower" for _ in range(1000))
@@ -70,7 +70,7 @@ def test_nothing_changed_is_no_regression_and_twice_the_time_always_is(bench):
 
 
 def test_verdict_is_by_the_interval_and_the_tolerance(bench):
-    judge = bench("compare").judge
+    judge = bench("compare_trees").judge
     base = [1.0] * 10
     assert judge(base, [1.06] * 10, 0.05, 0.05)["verdict"] == "slower"
     assert judge(base, [1.04] * 10, 0.05, 0.05)["verdict"] == "same within 4 %"
@@ -168,7 +168,7 @@ def stand_in(tree: Path, work: str = WORK) -> Path:
         (tree / name).mkdir(parents=True)
     (tree / "sdr" / "__init__.py").touch()
     (tree / "sdr_kernels" / "__init__.py").write_text(work)
-    for name in ("compare", "referee", "turns", "ledger", "wording", "rows", "summary"):
+    for name in ("compare_trees", "referee", "turns", "ledger", "wording", "rows", "summary"):
         shutil.copy(ROOT / "bench" / f"{name}.py", tree / "bench")
     (tree / "bench" / "conftest.py").write_text(CONFTEST)
     (tree / "bench" / "bench_all.py").write_text(BENCHMARKS)
@@ -177,7 +177,7 @@ def stand_in(tree: Path, work: str = WORK) -> Path:
 
 
 def command(tree: Path, *arguments: str) -> list[str]:
-    return [sys.executable, str(tree / "bench" / "compare.py"), *arguments]
+    return [sys.executable, str(tree / "bench" / "compare_trees.py"), *arguments]
 
 
 def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -271,7 +271,7 @@ def git(tree: Path, *arguments: str) -> str:
     return subprocess.run(["git", *who, *arguments], capture_output=True, text=True, check=True, cwd=tree).stdout
 
 
-@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C"])
+@pytest.mark.parametrize("ends", ["by itself", "by a signal"])
 def test_a_commits_worktree_is_removed(tmp_path, ends):
     tree = stand_in(tmp_path / "tree")
     git(tree, "init", "--quiet")
@@ -279,7 +279,7 @@ def test_a_commits_worktree_is_removed(tmp_path, ends):
     git(tree, "commit", "--quiet", "-m", "first")
     (tree / "sdr_kernels" / "__init__.py").write_text(WORK.replace("20_000", "20_00"))
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    arguments = ["-k", "long" if ends == "by Ctrl-C" else "other", "--longest", "9", "--tolerance", "0.4"]
+    arguments = ["-k", "long" if ends == "by a signal" else "other", "--longest", "9", "--tolerance", "0.4"]
     process = subprocess.Popen(
         command(tree, "--base", "HEAD", *arguments),
         stdout=subprocess.PIPE,
@@ -288,21 +288,26 @@ def test_a_commits_worktree_is_removed(tmp_path, ends):
         env=env,
         start_new_session=True,
     )
-    if ends == "by Ctrl-C":
+    if ends == "by a signal":
         end = time.monotonic() + 60
         while not list(tmp_path.glob("sdr_base_*/tree/bench")) or not list(tmp_path.glob("tmp*/new.log")):
             assert time.monotonic() < end, process.poll()
             time.sleep(0.05)
         assert len(git(tree, "worktree", "list").splitlines()) == 2
-        os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == (130 if ends == "by Ctrl-C" else 0), out + err
+        os.killpg(process.pid, signal.SIGTERM)  # handled as Ctrl-C, which what runs in a shell's background ignores
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    assert process.returncode == (130 if ends == "by a signal" else 0), out + err
     assert "Traceback" not in err
     commit = git(tree, "rev-parse", "--short=7", "HEAD").strip()
-    assert ends == "by Ctrl-C" or out.startswith(f"new: {commit} and changes; base: {commit}; 40 pairs")
+    assert ends == "by a signal" or out.startswith(f"new: {commit} and changes; base: {commit}; 40 pairs")
     assert len(git(tree, "worktree", "list").splitlines()) == 1
     assert list(tmp_path.glob("sdr_base_*")) == []
-    if ends == "by Ctrl-C":
+    if ends == "by a signal":
         running = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
         assert not [line for line in running if str(tmp_path).encode() in line]
 

@@ -36,7 +36,7 @@ OTHERS = {  # options of other programs that the pages name
     "--extra-index-url",  # pip
     "--nproc_per_node",  # torchrun
     *("--benchmark", "--record-folder"),  # pytest bench
-    *("--json", "--rounds", "--tolerance", "--longest"),  # bench/compare.py, python -m sdr_kernels.info
+    *("--json", "--rounds", "--tolerance", "--longest"),  # bench/compare_trees.py, python -m sdr_kernels.info
 }
 OF_ONE_THEME = {"--grouped.", "--limits.*"}  # a prefix of several options
 
