@@ -30,7 +30,7 @@ def bench(monkeypatch):
 
 
 def test_interval_is_the_binomials(bench):
-    interval, least = bench("compare_trees").interval, bench("compare").least_pairs
+    interval, least = bench("compare_trees").interval, bench("compare_trees").least_pairs
     ratios = list(range(1, 11))
     # of ten fair coins: none 1/1024, at most one 11/1024, at most two 56/1024
     for alpha, expected in [(0.002, (1, 10)), (0.0214, (1, 10)), (0.0215, (2, 9)), (0.1093, (2, 9)), (0.11, (3, 8))]:
