@@ -40,6 +40,7 @@ def printed(capsys, *words: str) -> dict:
     """The configuration that --print_config gives for a command line."""
     assert sdr("train", *words, "--print_config") == 0
     found = yaml.safe_load(capsys.readouterr().out)
+    found["tpa"]["per_frame"] = sorted(found["tpa"]["per_frame"])  # a set, printed in an order of chance
     return {name: value for name, value in found.items() if name in to_json(TRAIN_PRESETS["tiny"]())}
 
 
