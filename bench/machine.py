@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sdr import SDRConfig, ftcn_released, paper
-from sdr.timing import REPEATS, Call, Ceilings, measure
+from sdr.timing import REPEATS, Call, Ceilings, cpu_name, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 REHEARSED = 3  # repeats
@@ -127,7 +127,7 @@ def stamp(commit: str | None) -> dict[str, object]:
     status = output_of("git", "status", "--porcelain", "--untracked-files=no")
     gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if gpu else cpu_name(),
+        "device": torch.cuda.get_device_name() if gpu else short_cpu_name(),
         "gpu": torch.cuda.get_device_name() if gpu else "none",
         "capability": list(torch.cuda.get_device_capability()) if gpu else None,
         "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
@@ -151,13 +151,9 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def cpu_name() -> str:
-    """The CPU's model as Linux names it, without marks and filler, and its cores, as "AMD EPYC 9R14, 2 cores"."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    name = found[1] if found else platform.processor() or platform.machine()
-    short = re.sub(r"\((R|TM)\)|\bCPU\b|\b\d+-Core\b|\bProcessor\b|@.*", " ", name, flags=re.IGNORECASE)
+def short_cpu_name() -> str:
+    """The CPU's model without marks and filler, and its cores, as "AMD EPYC 9R14, 2 cores"."""
+    short = re.sub(r"\((R|TM)\)|\bCPU\b|\b\d+-Core\b|\bProcessor\b|@.*", " ", cpu_name(), flags=re.IGNORECASE)
     return f"{' '.join(short.split())}, {os.cpu_count()} cores"
 
 

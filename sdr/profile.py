@@ -59,7 +59,7 @@ from sdr.profile_stages import (
     stage_times,
 )
 from sdr.profile_work import Inference, ProfileConfig, Training, with_weights
-from sdr.timing import Ceilings, measure_ceilings, synchronise
+from sdr.timing import Ceilings, cpu_name, measure_ceilings, synchronise
 from sdr_kernels.info import choice, versions
 
 LIMIT_S = 2.0  # of each measurement, once the first calls are over
@@ -335,16 +335,6 @@ def machine(device: torch.device) -> dict[str, object]:
         found |= {"device": properties.name, "memory_bytes": properties.total_memory}
     installed = {name: version for name, version in versions().items() if version}
     return found | {"kind": device.type, "platform": platform.platform()} | installed
-
-
-def cpu_name() -> str:
-    """As Linux tells it, else the architecture."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            named = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        named = []
-    return named[0] if named else platform.machine()
 
 
 def describe(work: Work) -> dict[str, object]:

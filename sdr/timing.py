@@ -1,5 +1,6 @@
 """How time is taken on a GPU and on a CPU, and what the machine at hand can do at most."""
 
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -92,6 +93,16 @@ def measure(
     if device.type == "cuda" and not wall:
         return summary(device_times(calls, repeats))
     return summary(wall_times(calls[0], device, repeats))
+
+
+def cpu_name() -> str:
+    """The CPU's model as Linux tells it, else the architecture."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            named = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        named = []
+    return named[0] if named else platform.machine()
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -343,9 +343,9 @@ def test_a_result_is_named_by_its_device_date_and_commit(bench):
     stamp = {"device": "AMD EPYC 9R14, 2 cores", "date": "2026-01-02", "commit": "0123456789", "dirty": True}
     assert machine.file_name(stamp) == "amd-epyc-9r14-2-cores_2026-01-02_0123456-dirty.json"
     assert machine.stamp("abc")["device"] == (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else machine.cpu_name()
+        torch.cuda.get_device_name() if torch.cuda.is_available() else machine.short_cpu_name()
     )
-    assert machine.cpu_name().endswith(f", {os.cpu_count()} cores")
+    assert machine.short_cpu_name().endswith(f", {os.cpu_count()} cores")
 
 
 def pytest_bench(*arguments: str) -> subprocess.CompletedProcess:
