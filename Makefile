@@ -6,11 +6,12 @@ BENCH ?= --benchmark
 BIN := $(VENV)/bin
 EXTRAS := faces,prepare,report,train,docs,dev
 TRAIN := --preset tiny
+SEED ?= $(shell date +%s)
 
 # idle threads sleep: on a shared machine waiting in a loop can cost several times the work
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo control test lint bench report compare gpu docs clean
+.PHONY: demo control test soak faults lint audit bench report compare gpu docs clean
 
 $(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt sdr_kernels/_csrc.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +41,19 @@ $(DEMO)/data:
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n 2 -p no:benchmark
+
+# the promises at full length, hours on two cores, and the table of docs/promises.md; SOAK='-k videos', SEED=number
+soak: $(VENV)/installed
+	SDR_SEED=$(SEED) SDR_FILES=10000 SDR_CASES=1000 SDR_CHECKPOINTS=10000 SDR_KILLS=50 SDR_CLIPS=2000 \
+		$(BIN)/pytest -n 2 -p no:benchmark -m promise --promises tests/results/promises.json $(SOAK)
+	$(BIN)/python tests/promises.py
+
+# mistakes planted in copies of this tree, each of which a test must catch; FAULTS='word ...' chooses
+faults: $(VENV)/installed
+	$(BIN)/python tests/planted_faults.py --out tests/results/planted_faults.json $(FAULTS)
+
+audit: $(VENV)/installed
+	$(BIN)/python .ci/audit
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,10 +1,11 @@
 """Decodes one video for ``sdr.video`` in a process of its own, so that a hostile file can harm nothing else.
 
 Run as a script: ``python decode_worker.py JOB`` with the opened file's descriptor, the decoder and the limits in JOB as
-JSON. It imports PyAV and the standard library only, so that it starts fast and small; DALI's side of it stands in
-``decode_worker_dali.py`` and is imported where the job asks for it. Records go to standard output, each a RECORD head
-and its payload: one HEADER (JSON), FRAMES (a FRAME head, then rows of RGB bytes), one END (JSON); or one REFUSAL (JSON)
-in the place of whatever would have followed. FFmpeg logs its errors to standard error.
+JSON. It imports PyAV and the standard library only, so that it starts fast and small; ``confinement.py`` beside it does
+the same, and DALI's side of it stands in ``decode_worker_dali.py`` and is imported where the job asks for it. Records
+go to standard output, each a RECORD head and its payload: one CONFINED (JSON), one HEADER (JSON), FRAMES (a FRAME head,
+then rows of RGB bytes), one END (JSON); or one REFUSAL (JSON) in the place of whatever would have followed. FFmpeg logs
+its errors to standard error.
 """
 
 import gc
@@ -18,7 +19,7 @@ from types import ModuleType
 
 RECORD = struct.Struct("<cQ")  # kind, bytes of payload
 FRAME = struct.Struct("<dIIIB")  # seconds, width, height, bytes per row, orientation
-HEADER, FRAMES, END, REFUSAL = b"H", b"F", b"E", b"R"
+CONFINED, HEADER, FRAMES, END, REFUSAL = b"C", b"H", b"F", b"E", b"R"
 TRANSPOSE, FLIP_X, FLIP_Y = 1, 2, 4  # orientation: transpose first, then mirror
 OUT_OF_MEMORY = 12  # exit status
 
@@ -83,15 +84,29 @@ def confine(job: dict) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
 
 
-def open_nothing_more(later: int = 0) -> None:
-    """From here on the kernel opens nothing for this process; ``later``: descriptors that it may ask for again."""
+def open_nothing_more(later: int = 0, *, gpu: bool = False) -> str:
+    """From here on the kernel opens nothing for this process, and does little else (``confinement.restrict``).
+
+    Args:
+        later: descriptors that it may ask for again.
+        gpu: keep what CUDA needs.
+
+    Returns:
+        Why the kernel filters nothing; "" where it does.
+    """
+    gc.disable()  # nothing that an import makes is garbage
     import av
     import av.subtitles.codeccontext  # PyAV imports these two late, when nothing can be opened any more
     import av.subtitles.stream
 
+    from sdr.confinement import restrict
+
     av.logging.restore_default_callback()  # plain C: a log through Python can deadlock with the decoder's threads
     av.logging.set_libav_level(av.logging.ERROR)
+    gc.freeze()
+    gc.enable()
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, later))
+    return restrict(gpu=gpu)
 
 
 def open_container(file, job: dict, demuxer: str | None):
@@ -297,16 +312,25 @@ def send(kind: bytes, *parts) -> None:
             view = view[os.write(1, view) :]
 
 
+def log_bytes() -> int:
+    """Length of FFmpeg's log so far; 0 where standard error is no file. The filter leaves no ``fstat``."""
+    try:
+        return os.lseek(2, 0, os.SEEK_CUR)
+    except OSError:
+        return 0
+
+
 def send_json(kind: bytes, record: dict) -> None:
     send(kind, json.dumps(record).encode())
 
 
 def decode(fd: int, job: dict) -> None:
     """Sends the whole video: HEADER, FRAMES, END. Raises RefusedError or MemoryError."""
-    open_nothing_more()
-    container = open_container(SharedFile(fd), job, job["demuxer"])
+    file = SharedFile(fd)
+    send_json(CONFINED, {"unfiltered": open_nothing_more()})
+    container = open_container(file, job, job["demuxer"])
     stream = select_stream(container)
-    header = {"demuxer": job["demuxer"], "log_bytes": os.fstat(2).st_size, **describe(container, stream, job)}
+    header = {"demuxer": job["demuxer"], "log_bytes": log_bytes(), **describe(container, stream, job)}
     decoder = Decoder(container, stream, job)
     picture = Picture(container, stream, job, header["fps"])
     gc.freeze()
@@ -325,9 +349,6 @@ def decode(fd: int, job: dict) -> None:
 
 def decode_with_dali(fd: int, job: dict) -> None:
     """As ``decode``, by DALI."""
-    package = ModuleType("sdr")  # stands for the real one, whose own module imports torch
-    package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
-    sys.modules |= {"sdr": package, "sdr.decode_worker": sys.modules[__name__]}
     from sdr.decode_worker_dali import decode
 
     decode(fd, job)
@@ -335,6 +356,9 @@ def decode_with_dali(fd: int, job: dict) -> None:
 
 def main() -> None:
     job = json.loads(sys.argv[1])
+    package = ModuleType("sdr")  # stands for the real one, whose own module imports torch
+    package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
+    sys.modules |= {"sdr": package, "sdr.decode_worker": sys.modules[__name__]}
     try:
         confine(job)
         {"pyav": decode, "dali": decode_with_dali}[job["decoder"]](job["fd"], job)

@@ -7,8 +7,8 @@ the bytes, and gives a picture for each packet, where it could not decode one th
 
 - Several picture streams, pictures never shown, repeated times, fields, damaged packets: refused at the start.
 - Bytes that FFmpeg would not take for the container that was vetted: refused.
-- One picture in each window is decoded by PyAV too, and each window begins with the picture that ended the last one:
-  where they differ, and where DALI's FFmpeg logs an error, reading stops there and says so.
+- One picture in each window is decoded by PyAV too, without a GPU every one, and each window begins with the picture
+  that ended the last one: where they differ, and where DALI's FFmpeg logs an error, reading stops there and says so.
 
 NVDEC itself hides damage inside a compressed picture that leaves the packets whole. Without a GPU DALI decodes from the
 start of the file for each window, so windows are as long as memory allows: 291 frames of 640x480, 10 of 3840x2160.
@@ -20,6 +20,7 @@ import resource
 from types import SimpleNamespace
 
 from sdr.decode_worker import (
+    CONFINED,
     END,
     FRAME,
     FRAMES,
@@ -33,6 +34,7 @@ from sdr.decode_worker import (
     SharedFile,
     check_frames,
     describe,
+    log_bytes,
     matrix_of,
     open_container,
     open_nothing_more,
@@ -85,7 +87,7 @@ class Dali:
         """
         import numpy as np
 
-        logged = os.fstat(2).st_size
+        logged = log_bytes()
         self._pipeline.feed_input("encoded", [self._bytes])
         for name, value in (("start_frame", start), ("end_frame", stop)):
             self._pipeline.feed_input(name, [np.array(value, np.int32)])
@@ -96,7 +98,7 @@ class Dali:
             self.failure = _cause(error)
             self._pipeline = self._build()  # an error leaves a pipeline unusable
             return None
-        if os.fstat(2).st_size > logged:
+        if log_bytes() > logged:
             self.failure = "its decoder reported an error"
             return None
         return np.asarray(frames[0])
@@ -133,13 +135,15 @@ def decode(fd: int, job: dict) -> None:
     data = _read(fd, job["memory"] // WINDOW_SHARE)
     dali = Dali(data, gpu=gpu)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if gpu else 0  # CUDA opens its devices again and again
-    open_nothing_more(later=files)
+    send_json(CONFINED, {"unfiltered": open_nothing_more(later=files, gpu=gpu)})
     container, stream, info, first = _first_frame(data, job, gpu)
     times, spots = _packets(data, job, info)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    reading = Reading(dali, stream, Picture(container, stream, job, info["fps"]), times, spots)
+    if gpu:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    truth = None if gpu else _second_decoder(data, job)
+    reading = Reading(dali, stream, Picture(container, stream, job, info["fps"]), times, spots, truth)
     reading.start(first, job["memory"] // WINDOW_SHARE)
-    header = {"demuxer": job["demuxer"], "log_bytes": os.fstat(2).st_size, **info}
+    header = {"demuxer": job["demuxer"], "log_bytes": log_bytes(), **info}
     orientation = orientation_of(first)
     height, width = reading.shape if not orientation & TRANSPOSE else reading.shape[::-1]
     send_json(HEADER, header | {"width": width, "height": height})
@@ -209,7 +213,7 @@ def _packets(data: bytes, job: dict, info: dict) -> tuple[list[int], dict[int, o
     """Timestamps of all frames as they are shown, and the key frames' packets by their place among them."""
     import av
 
-    logged = os.fstat(2).st_size
+    logged = log_bytes()
     container = open_container(Snapshot(data), job, job["demuxer"])
     packets = []
     try:
@@ -223,7 +227,7 @@ def _packets(data: bytes, job: dict, info: dict) -> tuple[list[int], dict[int, o
         if isinstance(error, MemoryError):
             raise MemoryError from None
         raise refusal(f"damaged: {error.strerror or error}") from None
-    if os.fstat(2).st_size > logged:
+    if log_bytes() > logged:
         raise refusal("damaged", log=True)
     if info["frames"] not in (0, len(packets)):
         raise refusal(f"damaged: {len(packets)} of {info['frames']} declared frames")
@@ -234,6 +238,12 @@ def _packets(data: bytes, job: dict, info: dict) -> tuple[list[int], dict[int, o
         raise refusal("timestamps are repeated, run backwards or are negative")
     place = {time: index for index, time in enumerate(times)}
     return times, {place[packet.pts]: packet.key for packet in packets if packet.key}
+
+
+def _second_decoder(data: bytes, job: dict) -> Decoder:
+    """PyAV on the same bytes, from the start."""
+    container = open_container(Snapshot(data), job, job["demuxer"])
+    return Decoder(container, select_stream(container), job)
 
 
 def _hidden(packet, codec: str) -> str:
@@ -248,10 +258,16 @@ def _hidden(packet, codec: str) -> str:
 
 
 class Reading:
-    """All frames of one video through DALI, window by window, checked against each other and against PyAV."""
+    """All frames of one video through DALI, window by window, checked against each other and against PyAV.
 
-    def __init__(self, dali: Dali, stream, picture: Picture, times: list[int], spots: dict[int, object]) -> None:
+    ``truth``: PyAV's decoder at the start of the same video, where all its pictures must be the same to the bit.
+    """
+
+    def __init__(
+        self, dali: Dali, stream, picture: Picture, times: list[int], spots: dict[int, object], truth=None
+    ) -> None:
         self._dali, self._context, self._picture = dali, stream.codec_context, picture
+        self._truth, self._true_frames = truth, truth and truth.frames()
         self._times, self._spots = times, spots
         self._last = None  # the frame before the window
         self.shape, self.read, self.stopped = (0, 0), 0, ""
@@ -295,7 +311,7 @@ class Reading:
         elif overlap and not np.array_equal(frames[0], self._last):
             reason = f"frame {start - 1} is another picture on a second reading"
         else:
-            reason = self._spot(start, frames[overlap:])
+            reason = self._spot(start, frames[overlap:]) or self._untrue(start, frames[overlap:])
         if reason:
             self._dali.failure = reason
             return None
@@ -315,6 +331,19 @@ class Reading:
         except FFmpegError as error:
             return f"frame {place} cannot be decoded: {error.strerror}"
         return self._differs(frames[place - start], found[0]) if len(found) == 1 else ""
+
+    def _untrue(self, start: int, frames) -> str:
+        """Why the window is not what PyAV decodes in its turn, "" if it is.
+
+        FFmpeg gives up some packets without a message, and DALI then shows old memory.
+        """
+        for place, ours in enumerate(frames if self._truth else (), start):
+            theirs = next(self._true_frames, None)
+            if self._truth.failed or theirs is None:
+                return f"damaged: packets that could not be decoded: {self._truth.failed}"
+            if (ours != self._picture.rgb(theirs).to_ndarray()).any():
+                return f"frame {place} is another picture than PyAV's"
+        return ""
 
     def _differs(self, ours, frame) -> str:
         """Why DALI's [H, W, 3] is not PyAV's frame, "" if it is."""

@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -20,6 +22,8 @@ import torch
 from sdr import decode_worker
 from sdr.decode_worker import FRAME, RECORD
 from sdr.errors import SDRError, escape
+
+logger = logging.getLogger(__name__)
 
 PIPE_BYTES = 1 << 20
 JSON_BYTES = 1 << 16  # the longest HEADER, END or REFUSAL that is believed
@@ -57,6 +61,7 @@ class Limits:
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
+CONFINED_FIELDS = {"unfiltered": str}
 HEADER_FIELDS = {"demuxer": str, "codec": str, "log_bytes": int, "frames": int, "width": int, "height": int}
 HEADER_FIELDS |= {"fps": float, "duration": float}
 END_FIELDS = {"read": int, "corrupt": int, "failed": int, "stopped": str}
@@ -124,6 +129,10 @@ class Worker:
 
     def read_header(self) -> None:
         kind, size = self._next_record()
+        self._expect(kind == decode_worker.CONFINED)
+        if unfiltered := self._read_json(size, CONFINED_FIELDS)["unfiltered"]:
+            _say_once(escape(unfiltered))
+        kind, size = self._next_record()
         self._expect(kind == decode_worker.HEADER)
         self.header = self._read_json(size, HEADER_FIELDS)
 
@@ -188,6 +197,11 @@ class Worker:
     def _expect(self, condition: bool) -> None:
         if not condition:
             raise SDRError(self.path, "decoder process sent an impossible record")
+
+
+@functools.cache  # once for this machine, not once per video
+def _say_once(unfiltered: str) -> None:
+    logger.warning("videos are decoded in a process with limits but without a filter on system calls: %s", unfiltered)
 
 
 def _displayed(pixels: np.ndarray, orientation: int) -> np.ndarray:

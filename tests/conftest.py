@@ -8,6 +8,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 import pytest
 import torch
+from promises import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels run on CPU tensors

@@ -1,8 +1,26 @@
 """What this software promises: rows that tests name by ``@pytest.mark.promise(row="...")``, and how they last ended.
 
-``pytest -m "promise(row='atomic')"`` runs the tests of one row; ``--promises FILE`` keeps how the chosen tests ended.
-``python tests/promises.py FILE`` writes the table of docs/promises.md from such a file.
+A pytest plugin: ``pytest -m "promise(row='atomic')"`` runs the tests of one row, ``--promises FILE`` keeps how the
+chosen tests ended, by row and file of tests; what FILE says of others stays. ``python tests/promises.py`` writes the
+tables of docs/promises.md from tests/results.
 """
+
+import json
+import platform
+import subprocess
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from draws import SEED
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "promises.md"
+RESULTS, PLANTED = (ROOT / "tests" / "results" / name for name in ("promises.json", "planted_faults.json"))
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 KERNELS = {
     "registered right": "every public op passes torch.library.opcheck, torch.compile(fullgraph=True) and torch.export",
@@ -39,3 +57,102 @@ RUNS = {
     "metrics": "AUC, accuracy and EER equal exact values, ties included; clips and videos are told apart",
 }
 ROWS = KERNELS | FILES | RUNS
+
+TABLES = {"Kernels": KERNELS, "Video and files": FILES, "Checkpoints, training, data": RUNS}
+PEAKS = ("most ", "longest ", "largest ")  # of figures of one name the largest counts; others are added up
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--promises", metavar="FILE", help="keep in FILE (JSON) how the tests of each promise ended")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each report of a test says the rows that it holds; a row that does not exist is an error."""
+    for item in items:
+        for marker in item.iter_markers("promise"):
+            if marker.kwargs.get("row") not in ROWS:
+                raise pytest.UsageError(f"{item.nodeid}: no such promise: {marker}")
+            item.user_properties.append(("promise", marker.kwargs["row"]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--promises")
+    if path and not hasattr(config, "workerinput"):  # the processes of xdist report to this one
+        config.pluginmanager.register(Results(Path(path)))
+
+
+class Results:
+    """Gathers reports and writes them when the session ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.counts: dict[tuple[str, str], Counter] = defaultdict(Counter)
+        self.figures: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+        self.seconds: Counter = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        properties = [tuple(pair) for pair in report.user_properties]
+        for row in sorted({value for name, value in properties if name == "promise"}):
+            key = row, report.nodeid.partition("::")[0]
+            self.counts[key][report.outcome] += 1
+            self.seconds[key] += report.duration
+            figures = self.figures[key]
+            for name, value in properties:
+                if name != "promise":
+                    both = (figures[name], value) if name in figures else (value,)
+                    figures[name] = max(both) if name.startswith(PEAKS) else sum(both)
+
+    def pytest_sessionfinish(self) -> None:
+        stamp = {**stamp_here(), "seed": SEED}
+        kept = json.loads(self.path.read_text()) if self.path.exists() else {}
+        for (row, file), counts in self.counts.items():
+            figures = {name: round(value, 6) for name, value in sorted(self.figures[row, file].items())}
+            result = {**counts, "seconds": round(self.seconds[row, file], 1), "figures": figures, "stamp": stamp}
+            kept.setdefault(row, {})[file] = result
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def stamp_here() -> dict[str, str]:
+    """Of this tree and machine. A commit with ``+`` had changes."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    day = time.strftime("%Y-%m-%d", time.gmtime())
+    return {"commit": done.stdout.strip() or "unknown", "date": day, "machine": gpu, "versions": versions}
+
+
+def result_text(name: str, result: dict) -> str:
+    """One file's cell: what ended how, at which commit, and its figures."""
+    counts = ", ".join(f"{result[kind]} {kind}" for kind in ("passed", "failed", "skipped") if kind in result)
+    figures = "".join(f"; {what}: {value:,.6g}" for what, value in result["figures"].items())
+    return f"`{Path(name).name}`: {counts}{figures} ({result['stamp']['commit']}, {result['stamp']['date']})"
+
+
+def tables_text(results: dict, faults: Sequence[dict]) -> str:
+    """The tables of the page: a row each promise, a row each planted fault."""
+    parts = []
+    for title, rows in TABLES.items():
+        parts += [f"## {title}", "", "| row | what is promised | tests and how they last ended |", "|---|---|---|"]
+        for row, promise in rows.items():
+            ran = results.get(row, {})
+            cell = "<br>".join(result_text(name, ran[name]) for name in sorted(ran)) or "not run"
+            parts.append(f"| {row} | {promise} | {cell} |")
+        parts.append("")
+    parts += ["## Planted faults", "", "| fault | test that must catch it | outcome |", "|---|---|---|"]
+    parts += [f"| {fault['what']} | `{fault['test']}` | {fault['outcome']} |" for fault in faults]
+    return "\n".join(parts)
+
+
+def with_tables(page: str) -> str:
+    """The page with the part between its marks as tests/results says."""
+    before, _, rest = page.partition(BEGIN)
+    text = tables_text(json.loads(RESULTS.read_text()), json.loads(PLANTED.read_text()))
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))

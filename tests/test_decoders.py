@@ -10,8 +10,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_video import PLAYLISTS, OpenWatch, assert_no_children, mutated, open_descriptors
-from video_files import barcode_video, cover_only, cut, encode, patch, read_barcode, set_matrix
+from draws import FILES, draw, numbers, replay
+from test_video import (
+    HOSTILE,
+    ISOLATED,
+    LIMITED,
+    PLAYLISTS,
+    TRUE_FRAMES,
+    OpenWatch,
+    assert_no_children,
+    open_descriptors,
+)
+from video_files import barcode_video, cover_only, cut, encode, mutated, patch, read_barcode, set_matrix
 
 from sdr import video
 from sdr.decoding import Limits, why_no_dali
@@ -22,8 +32,10 @@ from sdr.video import open_video
 
 needs_dali = pytest.mark.skipif(why_no_dali(needs_gpu=False) != "", reason="DALI is not installed")
 without_gpu = pytest.mark.skipif(why_no_dali(needs_gpu=True) == "", reason="on a GPU DALI decodes other files too")
+FUZZ = pytest.mark.promise(row="fuzz")
+ABSENT = pytest.mark.promise(row="absent parts")
 
-FUZZED = int(os.environ.get("SDR_FUZZ_DALI", "15"))  # mutated files
+FUZZED = min(FILES, 15 + FILES // 100)  # mutated files; starting DALI takes part of a second
 MJPEG = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}
 VP9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}
 
@@ -69,6 +81,7 @@ KINDS = {
 }
 
 
+@TRUE_FRAMES
 @needs_dali
 @without_gpu
 @pytest.mark.parametrize("name", KINDS)
@@ -77,6 +90,7 @@ def test_frames_are_those_of_pyav(tmp_path, name):
     assert assert_same_frames(barcode_video(tmp_path / name, **settings)) == list(range(settings["frames"]))
 
 
+@TRUE_FRAMES
 @needs_dali
 @without_gpu
 @pytest.mark.parametrize("matrix", [(0, 1, -1, 0), (-1, 0, 0, -1), (-1, 0, 0, 1)])
@@ -84,6 +98,7 @@ def test_pictures_are_turned(tmp_path, matrix):
     assert_same_frames(set_matrix(barcode_video(tmp_path / "a.mov", 2, **MJPEG), *matrix))
 
 
+@TRUE_FRAMES
 @needs_dali
 @without_gpu
 def test_colourful_pictures_are_those_of_pyav(tmp_path):
@@ -92,6 +107,7 @@ def test_colourful_pictures_are_those_of_pyav(tmp_path):
     assert_same_frames(encode(tmp_path / "a.mkv", [picture] * 3, **MJPEG))
 
 
+@TRUE_FRAMES
 @needs_dali
 @without_gpu
 @pytest.mark.parametrize("decoder", ["pyav", "dali"])
@@ -106,6 +122,7 @@ def test_limited_range_is_rounded_to_the_nearest_step(tmp_path, decoder):
     assert np.abs(read(path, decoder)[1][0] - truth[..., None]).max() < 0.51  # half a step, and the tables' last bit
 
 
+@TRUE_FRAMES
 @needs_dali
 @without_gpu
 def test_long_videos_come_in_windows(tmp_path):
@@ -119,6 +136,19 @@ def test_long_videos_come_in_windows(tmp_path):
 
 def moved_times(path):
     return barcode_video(path, 5, **MJPEG, pts=np.arange(5) * 0.04, packet_pts=[0, 340, 80, 420, 160])
+
+
+def half_a_packet(path):
+    """A VP8 packet with a few zeros in it: FFmpeg's decoder gives it up without a word."""
+    import av
+
+    data = bytearray(barcode_video(path, 10, codec="libvpx").read_bytes())
+    with av.open(str(path)) as container:
+        packet = [bytes(packet) for packet in container.demux(video=0)][7]
+    at = data.index(packet)
+    data[at + 5 : at + 10] = bytes(5)
+    path.write_bytes(data)
+    return path
 
 
 def noisy(path, at: float = 0.5, **settings):
@@ -141,11 +171,13 @@ REFUSED = {
     "bytes too early": lambda p: cut(barcode_video(p / "a.avi", 20, **MJPEG), 0.5),
     "bytes too early (": lambda p: cut(barcode_video(p / "a.webm", 20, **VP9), 0.6),
     "its decoder reported an error": lambda p: noisy(p / "a.avi", **MJPEG),
+    "damaged: packets that could not be decoded: 1": lambda p: half_a_packet(p / "a.webm"),
     "Invalid data found": lambda p: noisy(p / "a.mp4", **VP9),
     "it finds 13 frames": lambda p: patch(barcode_video(p / "a.mov", 24, **MJPEG), b"elst", 8, ">ii", 480, 8 * 512),
 }
 
 
+@TRUE_FRAMES
 @needs_dali
 @without_gpu
 @pytest.mark.parametrize("reason", REFUSED)
@@ -162,6 +194,7 @@ def test_what_dali_would_show_differently_is_refused(tmp_path, monkeypatch, capl
         assert "is decoded by PyAV: not decoded by DALI: colour matrix BT.709" in caplog.text
 
 
+@HOSTILE
 @needs_dali
 @pytest.mark.parametrize("content", [b"", b"text", b"\x7fELF" + bytes(100), *map(str.encode, PLAYLISTS.values())])
 def test_what_is_no_video_is_refused_as_ever(tmp_path, content):
@@ -175,6 +208,7 @@ def test_what_is_no_video_is_refused_as_ever(tmp_path, content):
         assert not watch.opened()
 
 
+@HOSTILE
 @needs_dali
 @pytest.mark.parametrize("kind", ["concat", "hls"])
 def test_dali_gets_no_bytes_that_open_another_file(tmp_path, monkeypatch, kind):
@@ -188,6 +222,7 @@ def test_dali_gets_no_bytes_that_open_another_file(tmp_path, monkeypatch, kind):
         assert not watch.opened()
 
 
+@TRUE_FRAMES
 @needs_dali
 def test_bytes_must_be_what_was_vetted_to_dali_too(tmp_path, monkeypatch):
     path = barcode_video(tmp_path / "a.webm", 2, **VP9)
@@ -195,11 +230,13 @@ def test_bytes_must_be_what_was_vetted_to_dali_too(tmp_path, monkeypatch):
     assert "it could also be read as matroska,webm" in error_of(path)
 
 
+@HOSTILE
 @needs_dali
 def test_sound_with_a_cover_is_refused_as_ever(tmp_path):
     assert "no video stream, only audio, cover art" in error_of(cover_only(tmp_path / "a.mp4"))
 
 
+@LIMITED
 @needs_dali
 @without_gpu
 def test_limits_hold(tmp_path):
@@ -216,27 +253,32 @@ def test_limits_hold(tmp_path):
     assert_no_children()
 
 
+@TRUE_FRAMES
+@FUZZ
 @needs_dali
 @without_gpu
-def test_damage_that_pyav_reports_is_never_concealed(tmp_path):
-    draw = np.random.default_rng(7)
+def test_damage_that_pyav_reports_is_never_concealed(tmp_path, record_property):
     kinds = {"vp9.webm": VP9, "vp9.mp4": VP9, "vp8.webm": {"codec": "libvpx"}, "mjpeg.mov": MJPEG, "mjpeg.avi": MJPEG}
     originals = [(name, barcode_video(tmp_path / name, 10, **kind).read_bytes()) for name, kind in kinds.items()]
-    accepted = 0
-    for number in range(FUZZED):
+    accepted = died = 0
+    for number in numbers(FUZZED):
         name, data = originals[number % len(originals)]
         path = tmp_path / f"mutated-{name}"
-        path.write_bytes(mutated(data, draw))
+        path.write_bytes(mutated(data, name, originals[number % len(originals) - 1][1], draw("dali", number)))
+        again = replay("tests/test_decoders.py -k concealed", number)
         try:
             _, pictures, opened = read(path, "dali", seconds=30)
-        except SDRError:
+        except SDRError as error:
+            died += "decoder process" in str(error)
             continue
         _, truth, by_pyav = read(path, "pyav", seconds=30)
-        assert len(pictures) == len(truth) or opened.damage
-        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(pictures, truth, strict=False))
-        assert opened.damage or not by_pyav.damage
+        assert len(pictures) == len(truth) or opened.damage, again
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(pictures, truth, strict=False)), again
+        assert opened.damage or not by_pyav.damage, again
         accepted += 1
-    assert accepted or FUZZED < 15
+    assert died == 0
+    record_property("mutated videos that DALI took", accepted)
+    record_property("mutated videos that DALI refused", FUZZED - accepted)
     assert_no_children()
 
 
@@ -251,6 +293,7 @@ def no_dali(monkeypatch):
     video._say_once.cache_clear()
 
 
+@ABSENT
 def test_without_dali(tmp_path, no_dali, caplog):
     path = barcode_video(tmp_path / "a.mp4", 3)
     assert "not decoded by DALI: it is not installed: pip install" in error_of(path)
@@ -261,6 +304,7 @@ def test_without_dali(tmp_path, no_dali, caplog):
     ]
 
 
+@ABSENT
 @without_gpu
 def test_auto_without_a_gpu_is_pyav_and_says_so(tmp_path, caplog):
     video._say_once.cache_clear()
@@ -279,6 +323,7 @@ def test_auto_takes_dali_where_it_can(tmp_path, monkeypatch, caplog):
     assert "is decoded by DALI" in caplog.text
 
 
+@HOSTILE
 @needs_dali
 def test_broken_dali_is_one_line(tmp_path, monkeypatch):
     package = tmp_path / "nvidia" / "dali"
@@ -316,6 +361,7 @@ def test_scores_say_which_decoder_ran(tmp_path):
 # --- the decoding process ---------------------------------------------------------------------------------------------
 
 
+@ISOLATED
 @needs_dali
 @without_gpu
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -331,6 +377,7 @@ def test_killed_worker_is_one_failed_file(tmp_path, number):
     assert_no_children()
 
 
+@HOSTILE
 @needs_dali
 @without_gpu
 def test_nothing_is_left_behind(tmp_path):
@@ -343,6 +390,7 @@ def test_nothing_is_left_behind(tmp_path):
     assert open_descriptors() == before
 
 
+@ISOLATED
 @needs_dali
 @without_gpu
 def test_worker_may_open_nothing(tmp_path):
@@ -368,8 +416,11 @@ class FakeDali:
         return frames
 
 
-def reading_of(path, spoil, window: int):
-    """(a Reading over a fake DALI that gives PyAV's own frames, the first frame, bytes of a window)."""
+def reading_of(path, spoil, window: int, *, every: bool = False):
+    """(a Reading over a fake DALI that gives PyAV's own frames, the first frame, bytes of a window).
+
+    ``every``: each picture is compared with PyAV's, as without a GPU.
+    """
     from sdr import decode_worker_dali as worker
 
     job = {"demuxer": "matroska", "max_pixels": 10**6, "max_frames": 100}
@@ -377,7 +428,8 @@ def reading_of(path, spoil, window: int):
     container, stream, info, first = worker._first_frame(path.read_bytes(), job, False)
     times, spots = worker._packets(path.read_bytes(), job, info)
     picture = worker.Picture(container, stream, job, info["fps"])
-    reading = worker.Reading(FakeDali(pictures, spoil), stream, picture, times, spots)
+    truth = worker._second_decoder(path.read_bytes(), job) if every else None
+    reading = worker.Reading(FakeDali(pictures, spoil), stream, picture, times, spots, truth)
     return reading, first, window * pictures[0].nbytes
 
 
@@ -402,6 +454,7 @@ LIES = {  # what a request gives, what is said of it, frames that are believed b
 }
 
 
+@TRUE_FRAMES
 @pytest.mark.parametrize("lie", LIES)
 def test_a_lie_is_found(tmp_path, lie):
     from sdr import decode_worker_dali as worker
@@ -420,3 +473,25 @@ def test_a_lie_is_found(tmp_path, lie):
     assert bool(line) == bool(said)
     assert [number for _, number in frames] == list(range(believed))
     assert reading.read == believed
+
+
+@TRUE_FRAMES
+@pytest.mark.parametrize("place", [3, 12])
+def test_without_a_gpu_one_wrong_pixel_is_found(tmp_path, place):
+    from sdr import decode_worker_dali as worker
+
+    def spoil(start, frames):
+        if start <= place < start + len(frames):
+            frames[place - start, 5, 5, 1] ^= 1
+        return frames
+
+    path = barcode_video(tmp_path / "a.webm", 20, **VP9)
+    reading, first, memory = reading_of(path, spoil, window=8, every=True)
+    said = f"frame {place} is another picture than PyAV's"
+    if place < 8:
+        with pytest.raises(worker.RefusedError, match=said):
+            reading.start(first, memory)
+    else:
+        reading.start(first, memory)
+        assert len(list(reading.frames())) == 8
+        assert reading.stopped == f"DALI: {said}"
