@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from sdr.clip_cache import MANIFEST, SHARDS, clip_shape, leaks, read_manifest, read_settings, read_shard
+from sdr.clip_cache import MANIFEST, SHARDS, clip_shape, leaks, read_manifest, read_settings, read_shard, require_inside
 from sdr.errors import SDRError
 
 
@@ -65,8 +65,7 @@ def check_shard(folder: Path, shape: tuple[int, ...], name: str, rows: list[dict
     """What is wrong with one shard, at most one line."""
     path = folder / name
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise SDRError(path, "lies outside of the cache")
+        require_inside(folder, path)
         if read_shard(path, shape) != rows:
             raise SDRError(path, f"does not hold what {MANIFEST} says")
         with open(path, "rb") as file:

@@ -1,16 +1,14 @@
 """Weights: safetensors with configuration, preprocessing, metrics and a hash inside; FTCN checkpoints converted.
 
-Loading never executes code from a file: our own weights are safetensors, and a foreign checkpoint is read with
-``torch.load(weights_only=True)``.
+Loading never executes code from a file: our own weights are safetensors, and a foreign checkpoint's pickle is not run
+but read (:mod:`sdr.torch_file`).
 """
 
 import hashlib
 import json
 import os
-import pickle
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,14 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from sdr.config import FTCNConfig, SDRConfig, check, check_count, ftcn_released
-from sdr.errors import SDRError
+from sdr.datasets import shorten
+from sdr.errors import SDRError, escape
 from sdr.faces import TEMPLATE, TEMPLATE_SIZE
 from sdr.files import atomic_file
 from sdr.ftcn import FTCN
 from sdr.model import SDRModel
+from sdr.torch_file import Stored, open_torch_file
 from sdr.tpa import IMAGENET_MEAN, IMAGENET_STD
 
 FORMAT = "sdr-1"
+HEADER_BYTES = 8 << 20  # of a safetensors file; a model's or a run's takes less than 1 MB
+NAMED, NAME_LENGTH = 20, 150  # keys that a message lists, and letters of each
 DEMONSTRATION = Path(__file__).with_name("demonstration.safetensors")
 MODELS = {"FTCN": (FTCN, FTCNConfig), "SDRModel": (SDRModel, SDRConfig)}
 
@@ -50,7 +52,7 @@ class WeightsInfo:
         kinds = {"origin": str, "synthetic": bool, "metrics": Mapping, "training": Mapping}
         for name, kind in kinds.items():
             check(isinstance(getattr(self, name), kind), name, f"be a {kind.__name__}", getattr(self, name))
-        numbers = all(isinstance(value, int | float) for value in self.metrics.values())
+        numbers = all(isinstance(v, float) or (isinstance(v, int) and abs(v) < 2**53) for v in self.metrics.values())
         check(numbers, "metrics", "hold numbers", self.metrics)
 
 
@@ -92,7 +94,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = save(tensors, {**metadata, "sha256": digest(tensors, metadata)})
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()  # safetensors' own order is random
+    # safetensors' own order is random; and an escape \u00e9 could change to \u00E9 unnoticed
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     with atomic_file(path) as file:
         for part in (len(header).to_bytes(8, "little"), header, memoryview(data)[8 + size :]):
@@ -124,17 +127,26 @@ def read_weights(path: str | Path, expected: str = FORMAT) -> tuple[dict[str, Te
 
     check_file(path, "weights file")
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > HEADER_BYTES:
+            raise ValueError(f"its header says that it has {size} bytes")
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError, ValueError) as error:
         hint = "a .pth of FTCN is read by `sdr convert`" if is_torch_file(path) else ""
-        raise SDRError(path, f"is not a readable safetensors file: {error}".split("\n")[0], hint) from error
+        raise SDRError(path, f"is not a readable safetensors file: {say(error)}", hint) from error
     if metadata.get("format") != expected:
-        raise SDRError(path, f"has format {metadata.get('format')!r}, expected {expected!r}")
+        raise SDRError(path, f"has format {shorten(metadata.get('format'))}, expected {expected!r}")
     if digest(tensors, metadata) != metadata.get("sha256"):
         raise SDRError(path, "is damaged: its content does not match the sha256 written with it")
     return tensors, metadata
+
+
+def say(error: Exception) -> str:
+    """An error about a file in one line of bounded length: it may quote what is in there."""
+    return escape(str(error).split("\n")[0][:300])
 
 
 def check_file(path: str | Path, what: str) -> None:
@@ -173,15 +185,19 @@ def load_model(path: str | Path, kind: type | None = None) -> tuple[FTCN | SDRMo
         expects = json.loads(metadata["preprocessing"])
         model = build_from(path, kind or model_class, config, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
-        raise SDRError(path, f"describes a model that this version cannot build: {error}".split("\n")[0]) from error
+        raise SDRError(path, f"describes a model that this version cannot build: {say(error)}") from error
     if expects != preprocessing(config):
-        raise SDRError(path, f"was trained with preprocessing that this version does not do: {expects}")
+        raise SDRError(path, f"was trained with preprocessing that this version does not do: {str(expects)[:300]!a}")
     model.weights_info = info
     return model.eval(), info
 
 
 def build_from(path: str | Path, model_class: type, config: FTCNConfig, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A model with these tensors; the allocation waits until the shapes have been compared."""
+    # a module or two for each layer would be made before there is a shape to compare
+    layers = max(config.depth, *config.blocks, getattr(config, "num_branches", 1))
+    if layers > len(tensors):
+        raise SDRError(path, f"describes {layers} layers or branches and has {len(tensors)} tensors")
     with torch.device("meta"):
         model = model_class(config)
     check_tensors(path, model.state_dict(), tensors)
@@ -190,41 +206,40 @@ def build_from(path: str | Path, model_class: type, config: FTCNConfig, tensors:
     return model
 
 
-def check_tensors(path: str | Path, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Raise SDRError that lists missing, unexpected and misshapen keys by name, and tensors with NaN or Inf."""
-    problems = []
-    for label, names in (
-        ("missing", [n for n in expected if n not in given]),
-        ("unexpected", [n for n in given if n not in expected]),
-        (
-            "misshapen",
-            [
-                f"{n} {list(given[n].shape)} instead of {list(expected[n].shape)}"
-                for n in expected
-                if n in given and given[n].shape != expected[n].shape
-            ],
-        ),
-        ("not finite", [n for n in given if given[n].is_floating_point() and not given[n].isfinite().all()]),
-    ):
-        if names:
-            problems.append(f"{label}: {', '.join(names)}")
-    if problems:
-        raise SDRError(path, "; ".join(problems))
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}  # any of them where one is expected
 
 
-# what torch.load raises for a damaged file, besides its own error
-TORCH_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+def check_tensors(
+    path: str | Path, expected: Mapping[str, Tensor], given: Mapping[str, Tensor] | Mapping[str, Stored]
+) -> None:
+    """Raise SDRError that lists missing, unexpected and misshapen keys, other types of number, and NaN or Inf."""
+    both = [name for name in expected if name in given]
+    shapes = ((n, list(given[n].shape), list(expected[n].shape)) for n in both)
+    kinds = ((n, given[n].dtype, expected[n].dtype) for n in both)
+    problems = {
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
+        "misshapen": [f"{name} {got} instead of {wanted}" for name, got, wanted in shapes if got != wanted],
+        "of another type": [
+            f"{name} {got} instead of {wanted}"
+            for name, got, wanted in kinds
+            if got != wanted and not {got, wanted} <= FLOATS
+        ],
+        "not finite": [
+            name
+            for name in both
+            if isinstance(given[name], Tensor) and given[name].dtype in FLOATS and not given[name].isfinite().all()
+        ],
+    }
+    if any(problems.values()):
+        raise SDRError(path, "; ".join(f"{label}: {some(names)}" for label, names in problems.items() if names))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names as a message may quote them: out of a file they may be long, many, and of any characters."""
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(escape(name[:NAME_LENGTH]) for name in names[:NAMED]) + rest
+
 
 # FTCN's names, in the order of application; facts of its published checkpoint
 FTCN_RENAMES = (
@@ -262,33 +277,17 @@ def read_ftcn_checkpoint(path: str | Path) -> FTCN:
     check_file(path, "checkpoint")
     if not is_torch_file(path):
         raise SDRError(path, "is not a checkpoint written by torch.save")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol; the outcome below is what the user is told
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except TORCH_LOAD_ERRORS as error:
-        if "unsupported" in str(error).lower():  # how the restricted unpickler refuses a global or an instruction
-            raise SDRError(path, "holds more than tensors, and loading it would run code from it") from error
-        cause = type(error).__name__ if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
-        raise SDRError(path, f"is not a readable checkpoint: {cause}") from error
-    if not isinstance(state, Mapping) or not all(map(is_plain_tensor, state.keys(), state.values())):
-        raise SDRError(path, "is not a bare state_dict of dense tensors")
-    tensors = {
-        rename_ftcn_key(key): tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()
-    }
-    if len(tensors) != len(state):
-        raise SDRError(path, "names a tensor twice, with and without `module.`")
-    stages = 4 if any(key.startswith("backbone.res5.") for key in tensors) else 3
-    return build_from(path, FTCN, replace(ftcn_released().branch(), backbone_stages=stages), tensors)
-
-
-def is_plain_tensor(name: object, value: object) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-    )
+    with open_torch_file(path) as file:
+        names = {name: rename_ftcn_key(name) for name in file.tensors}
+        if len(set(names.values())) != len(names):
+            raise SDRError(path, "names a tensor twice, with and without `module.`")
+        stages = 4 if any(name.startswith("backbone.res5.") for name in names.values()) else 3
+        config = replace(ftcn_released().branch(), backbone_stages=stages)
+        with torch.device("meta"):
+            expected = FTCN(config).state_dict()
+        check_tensors(path, expected, {names[name]: stored for name, stored in file.tensors.items()})
+        tensors = {names[name]: tensor for name, tensor in file.read().items()}
+    return build_from(path, FTCN, config, tensors)
 
 
 def sdr_from_ftcn(ftcn: FTCN, num_branches: int = 4) -> SDRModel:

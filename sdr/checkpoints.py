@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdr.checkpoint import read_weights, write_tensors
+from sdr.checkpoint import read_weights, say, write_tensors
 from sdr.errors import SDRError
 from sdr.files import is_temporary, make_folder, remove
 
@@ -79,6 +79,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and values of a checkpoint; raises SDRError where it is damaged."""
     tensors, metadata = read_weights(path, FORMAT)
     try:
-        return tensors, json.loads(metadata["values"])
-    except (KeyError, ValueError) as error:
-        raise SDRError(path, f"holds no state of a run: {error}") from error
+        values = json.loads(metadata["values"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise SDRError(path, f"holds no state of a run: {say(error)}") from error
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        raise SDRError(path, "holds no state of a run: it does not say after which update")
+    return tensors, values

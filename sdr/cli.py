@@ -142,7 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SDRError as error:
         print(f"sdr: {error}", file=sys.stderr)
         return 2
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except (OverflowError, RecursionError) as error:  # of a number, or of brackets, that no setting has
+        print(f"sdr: options: {error}", file=sys.stderr)
+        return 2
     command = arguments.subcommand
     run = COMMANDS[command]
     try:

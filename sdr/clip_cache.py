@@ -26,14 +26,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sdr.config import check_count
+from sdr.config import MAX_CLIP_PIXELS, check, check_count
 from sdr.datasets import SPLITS, Record, in_two_splits, read_json
 from sdr.errors import SDRError, escape
-from sdr.files import atomic_file
+from sdr.files import BoundedFile, atomic_file
 
 SETTINGS, MANIFEST, REPORT, SHARDS = "prepare.json", "manifest.parquet", "unusable.csv", "shards"
 MANIFEST_ROWS = 65536  # of a row group
-ROW_BYTES = 1 << 20  # of a clip's JSON, at most
+MAX_VALUES = 4096  # of a list in a row: frames of a clip
+ROW_LEAST_BYTES = 16  # of a large manifest for each row: every clip has its own sha256
+ROW_BYTES = 1 << 20  # of a clip's JSON, and of what else a tar holds between clips, at most
 COLUMNS = {  # of the manifest, and PyArrow's name of their type
     "video": "string",
     "label": "int8",
@@ -102,7 +104,9 @@ def read_shard(path: Path, shape: tuple[int, ...]) -> list[dict]:
     """
     header, rows = npy_header(shape), []
     try:
-        with tarfile.open(path, "r:") as tar:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise SDRError(path, "is not a regular file")
+        with BoundedFile(path, ROW_BYTES) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
             if not members:
                 raise ValueError("it is empty")
@@ -115,7 +119,7 @@ def read_shard(path: Path, shape: tuple[int, ...]) -> list[dict]:
     except OSError as error:
         raise SDRError(path, f"cannot be read: {error.strerror or error}") from error
     except (tarfile.TarError, ValueError, TypeError, RecursionError) as error:
-        raise SDRError(path, f"is no shard of clips: {error}") from error
+        raise SDRError(path, f"is no shard of clips: {escape(str(error)[:200])}") from error
     return rows
 
 
@@ -124,8 +128,7 @@ def write_manifest(folder: Path, rows: Iterable[dict]) -> int:
     import pyarrow
     from pyarrow import parquet
 
-    types = {"list<int32>": pyarrow.list_(pyarrow.int32()), "list<float64>": pyarrow.list_(pyarrow.float64())}
-    schema = pyarrow.schema([(name, types.get(kind) or getattr(pyarrow, kind)()) for name, kind in COLUMNS.items()])
+    schema = pyarrow.schema(list(arrow_types().items()))
     rows, count = iter(rows), 0
     with (
         atomic_file(folder / MANIFEST) as file,
@@ -146,15 +149,64 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> dict[st
     if not path.is_file():
         hint = "sdr prepare has not ended there" if (folder / SETTINGS).is_file() else "sdr prepare makes one"
         raise SDRError(folder, f"is no clip cache: it has no {MANIFEST}", hint)
+    require_inside(folder, path)
+    names, types = list(columns or COLUMNS), arrow_types()
+    texts = [name for name in names if types[name] == pyarrow.string()]
     try:
-        table = parquet.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise SDRError(path, f"cannot be read: {str(error).splitlines()[0]}") from error
-    if missing := set(columns or COLUMNS) - set(table.column_names):
+        metadata = parquet.read_metadata(path)
+        check_sizes(path, metadata)
+        found = {field.name: field.type for field in metadata.schema.to_arrow_schema()}
+        check_types(path, {name: types[name] for name in names}, found)
+        # a text that stands in many rows stays one: without that, a small file could fill the memory
+        with parquet.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
+            table = file.read(columns=names)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise SDRError(path, f"cannot be read: {escape((str(error).splitlines() or ['damaged'])[0][:200])}") from error
+    content = {name: [value for chunk in table[name].chunks for value in values_of(chunk)] for name in names}
+    check_manifest(path, content)
+    return content
+
+
+def arrow_types() -> dict:
+    """PyArrow's type of each column."""
+    import pyarrow
+
+    lists = {"list<int32>": pyarrow.list_(pyarrow.int32()), "list<float64>": pyarrow.list_(pyarrow.float64())}
+    return {name: lists.get(kind) or getattr(pyarrow, kind)() for name, kind in COLUMNS.items()}
+
+
+def check_sizes(path: Path, metadata) -> None:
+    """Raise SDRError for a Parquet file that says it holds more than one of its size could, before it is read."""
+    size = path.stat().st_size
+    if not 0 <= metadata.num_rows <= max(MANIFEST_ROWS, size // ROW_LEAST_BYTES):
+        raise SDRError(path, f"is damaged: {metadata.num_rows} rows do not fit into {size} bytes")
+    for group in range(metadata.num_row_groups):
+        part = metadata.row_group(group)
+        for number in range(part.num_columns):
+            column = part.column(number)
+            if column.compression not in ("SNAPPY", "UNCOMPRESSED"):  # others can make a thousand bytes of one
+                raise SDRError(path, f"is compressed by {column.compression}, which sdr prepare never does")
+            if not 0 <= column.num_values <= MANIFEST_ROWS * MAX_VALUES:
+                raise SDRError(path, f"is damaged: it says that it has {column.num_values} values in a group of rows")
+
+
+def check_types(path: Path, wanted: dict, found: dict) -> None:
+    """Raise SDRError where a manifest lacks a column, or has one of another type."""
+    if missing := set(wanted) - set(found):
         raise SDRError(path, f"has no column {', '.join(sorted(missing))}")
-    columns = table.to_pydict()
-    check_manifest(path, columns)
-    return columns
+    for name, kind in wanted.items():
+        if found[name] != kind:
+            raise SDRError(path, f"is damaged: its column {name} is of the type {escape(str(found[name])[:80])}")
+
+
+def values_of(chunk) -> list:
+    """The values of a chunk of a column."""
+    import pyarrow
+
+    if not pyarrow.types.is_dictionary(chunk.type):
+        return chunk.to_pylist()
+    words = chunk.dictionary.to_pylist()
+    return [None if index is None else words[index] for index in chunk.indices.to_pylist()]
 
 
 def check_manifest(path: Path, table: dict[str, list]) -> None:
@@ -184,10 +236,13 @@ def read_settings(folder: Path) -> dict:
     if not path.exists():
         what = f"is no clip cache: it has no {SETTINGS}" if os.path.isdir(folder) else "no such folder"
         raise SDRError(folder, what, "sdr prepare makes a cache")
+    require_inside(folder, path)
     found = read_json(path)
     try:
         for name in ("num_frames", "size"):
             check_count(name, found[name])
+        pixels = math.prod(clip_shape(found)) // 3
+        check(pixels <= MAX_CLIP_PIXELS, "num_frames * size**2", f"not pass {MAX_CLIP_PIXELS}", pixels)
     except (KeyError, TypeError, ValueError) as error:
         raise SDRError(path, f"is damaged: {error}") from error
     return found
@@ -267,6 +322,7 @@ class ClipCache:
         shard, offset, _ = self._places[index]
         clip = np.empty(self.shape, np.uint8) if out is None else out
         header = npy_header(self.shape)
+        require_inside(self.folder, self.folder / shard)
         try:
             with open(self.folder / shard, "rb") as file:
                 file.seek(offset - len(header))
@@ -276,6 +332,14 @@ class ClipCache:
         if not whole:
             raise SDRError(self.folder / shard, f"does not hold {self.name(index)}", "sdr prepare --check tells more")
         return clip
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Raise SDRError where a file of a cache is a link out of it, or a pipe or device, which to open could block."""
+    if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise SDRError(path, "lies outside of the cache")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise SDRError(path, "is not a regular file")
 
 
 def clip_shape(settings: dict) -> tuple[int, int, int, int]:

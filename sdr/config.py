@@ -1,10 +1,13 @@
 """Model configuration and its presets; every decision that the paper leaves open is a named field."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 TEMPORAL_STRIDE = 2  # MaxPool (2,1,1) after res2: two frames become one token
 STAGE_BLOCKS = (3, 4, 6, 3)  # blocks of res2..res5 in a ResNet-50
+MAX_LAYERS = 1024  # of one kind, and branches: modules are made one by one
+MAX_CLIP_PIXELS = 2**28  # of one clip, 160 times the paper's
 
 
 def check(condition: bool, name: str, rule: str, value: object) -> None:
@@ -20,6 +23,22 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def check_count(name: str, value: object) -> None:
     """A size: a whole number from 1, and small enough that no product of two sizes can overflow."""
     check(type(value) is int and 1 <= value < 2**31, name, "be at least 1 and a whole number below 2**31", value)
+
+
+def check_layers(name: str, value: object) -> None:
+    check_count(name, value)
+    check(value <= MAX_LAYERS, name, f"not pass {MAX_LAYERS}", value)
+
+
+def check_number(name: str, value: object) -> None:
+    """A number that can be compared; it may still be NaN, which no range holds."""
+    check(isinstance(value, int | float) and not isinstance(value, bool), name, "be a number", value)
+
+
+def check_list(name: str, value: object, length: int | None = None) -> None:
+    kinds = list | tuple | set | frozenset
+    rule = "be a list" if length is None else f"be a list of {length}"
+    check(isinstance(value, kinds) and length in (None, len(value)), name, rule, value)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -62,6 +81,7 @@ class FTCNConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
+        check_list("blocks", self.blocks)
         object.__setattr__(self, "blocks", tuple(self.blocks))
         sizes = ("num_frames", "image_size", "width", "spatial_kernel", "embed_dim", "depth", "num_heads", "head_dim")
         for name in (*sizes, "mlp_dim"):
@@ -75,7 +95,11 @@ class FTCNConfig:
         check(self.image_size % halvings == 0, "image_size", f"be a multiple of {halvings}", self.image_size)
         check(len(self.blocks) >= self.backbone_stages, "blocks", "name every stage", self.blocks)
         for number in self.blocks:
-            check_count("blocks", number)
+            check_layers("blocks", number)
+        check_layers("depth", self.depth)
+        pixels = self.num_frames * self.image_size**2
+        check(pixels <= MAX_CLIP_PIXELS, "num_frames * image_size**2", f"not pass {MAX_CLIP_PIXELS}", pixels)
+        check_number("dropout", self.dropout)
         check(0 <= self.dropout < 1, "dropout", "lie in [0, 1)", self.dropout)
 
     @property
@@ -106,7 +130,7 @@ class SDRConfig(FTCNConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_branches", self.num_branches)
+        check_layers("num_branches", self.num_branches)
         check_flag("share_weights", self.share_weights)
         check_choice("joint_feature", self.joint_feature, ("linear", "mean", "sum", "mlp"))
 
@@ -167,10 +191,13 @@ class LossConfig:
     weighting: Literal["fixed", "uncertainty"] = "fixed"
 
     def __post_init__(self) -> None:
+        check_flag("detach_joint", self.detach_joint)
+        for name in ("ce", "mi", "contrastive", "aux", "mi_temperature", "temperature"):
+            check_number(name, getattr(self, name))
         for name in ("ce", "mi", "contrastive", "aux"):
-            check(getattr(self, name) >= 0, name, "not be negative", getattr(self, name))
+            check(0 <= getattr(self, name) < math.inf, name, "be finite and not negative", getattr(self, name))
         for name in ("mi_temperature", "temperature"):
-            check(getattr(self, name) > 0, name, "be positive", getattr(self, name))
+            check(1e-6 <= getattr(self, name) <= 1e6, name, "lie in 1e-6..1e6", getattr(self, name))
         check_choice("direction", self.direction, ("joint_to_loo", "loo_to_joint"))
         check_choice("objective", self.objective, ("shared", "complementary"))
         check_choice("anchors", self.anchors, ("all", "real"))
@@ -213,19 +240,26 @@ class TPAConfig:
     per_frame: frozenset[str] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
+        for name in ("methods", "per_frame"):
+            check_list(name, getattr(self, name))
         object.__setattr__(self, "per_frame", frozenset(self.per_frame))
         check(len(self.methods) > 0, "methods", "not be empty", self.methods)
         for method in self.methods:
             check_choice("methods", method, (*TPA_METHODS, "none"))
         for method in self.per_frame:
             check_choice("per_frame", method, TPA_METHODS)
+        for name in ("brightness", "contrast", "saturation", "hue", "flip_probability"):
+            check_number(name, getattr(self, name))
         for name in ("brightness", "contrast", "saturation"):
             check(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]", getattr(self, name))
         check(0 <= self.hue <= 0.5, "hue", "lie in [0, 0.5]", self.hue)
         check(0 <= self.flip_probability <= 1, "flip_probability", "lie in [0, 1]", self.flip_probability)
         for name in ("crop_area", "crop_ratio", "cutout_area", "cutout_ratio"):
+            check_list(name, getattr(self, name), 2)
+            for bound in getattr(self, name):
+                check_number(name, bound)
             low, high = getattr(self, name)
-            check(0 < low <= high, name, "be a positive, ordered pair", getattr(self, name))
+            check(0 < low <= high < math.inf, name, "be a positive, ordered pair", getattr(self, name))
         for name in ("crop_area", "cutout_area"):
             check(getattr(self, name)[1] <= 1, name, "not pass 1", getattr(self, name))
         check_choice("cutout_fill", self.cutout_fill, ("mean", "black"))

@@ -46,10 +46,13 @@ def read_regular(path: str | Path, most: int = MAX_LIST_BYTES) -> bytes:
             ``most`` bytes.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):
             raise SDRError(path, "is not a regular file")
         with open(path, "rb") as file:
-            data = file.read(most + 1)
+            data = file.read(min(most, state.st_size) + 1)  # which takes the memory before it reads
+            while len(data) <= most and (more := file.read(1 << 20)):  # it has grown, or has no size, as in /proc
+                data += more
     except OSError as error:
         raise SDRError(path, f"cannot be read: {error.strerror}") from error
     except ValueError as error:  # a null character in the name
@@ -106,6 +109,8 @@ def shorten(value: object) -> str:
     """A value out of a file as a message may quote it: one printable line of bounded length."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
+    if isinstance(value, int) and value.bit_length() > 256:  # Python prints none of over 4300 digits
+        return f"a number of {value.bit_length()} bits"
     if isinstance(value, str) and len(value) > 80:
         return f"{value[:77]!a}..."
     return ascii(value)

@@ -24,8 +24,8 @@ class SDRError(Exception):
 
     @property
     def reason(self) -> str:
-        """``what (hint)``: the line without the file's name."""
-        return f"{self.what} ({self.hint})" if self.hint else self.what
+        """``what (hint)``: the line without the file's name, escaped as that, since both may quote the file."""
+        return escape(f"{self.what} ({self.hint})" if self.hint else self.what)
 
     def __str__(self) -> str:
         return f"{escape(self.file)}: {self.reason}"

@@ -16,6 +16,25 @@ from typing import BinaryIO
 from sdr.errors import SDRError, escape
 
 
+class BoundedFile(io.FileIO):
+    """A file for reading that gives at most ``most`` bytes at once: a size that stands in it cannot ask for all memory.
+
+    Raises:
+        ValueError: from ``read``, where more is asked for.
+    """
+
+    def __init__(self, path: str | os.PathLike, most: int) -> None:
+        super().__init__(path)
+        self.most = most
+
+    def read(self, size: int | None = -1) -> bytes:
+        everything = size is None or size < 0
+        data = super().read(self.most + 1 if everything else min(size, self.most + 1))
+        if len(data) > self.most:
+            raise ValueError(f"more than {self.most} bytes are asked for at once")
+        return data
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a file is one that :func:`atomic_file` was writing when it was killed."""
     return re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name) is not None

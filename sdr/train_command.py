@@ -1,6 +1,5 @@
 """`sdr train`: a clip cache in; weights, logs, a report and a model card out."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from sdr.errors import SDRError, escape
+from sdr.settings_file import read_settings_file
 from sdr.terminal import SYNTHETIC_NOTE, pick_device, progress_bars, require, settings
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 DEFAULT_PRESET = "tiny"
-SECTIONS = ("model", "loader", "loss", "tpa")  # of a configuration file
+SECTIONS = ("model", "loader", "grouped", "loss", "tpa")  # of a configuration file
 
 
 def files_first(argv: Sequence[str]) -> list[str]:
@@ -31,13 +31,11 @@ def files_first(argv: Sequence[str]) -> list[str]:
 def find_preset(argv: Sequence[str]) -> object:
     """The preset that a command line, or the last configuration file on it that has one, names.
 
-    What is wrong with either is left to the parser, which reads them again.
+    A wrong name is left to the parser, which reads them again.
 
     Raises:
-        SDRError: a file asks for a class, which the parser would import.
+        SDRError: a file is not one of plain settings.
     """
-    import yaml
-
     preset: object = DEFAULT_PRESET
     for number, word in enumerate(argv):
         name, given, value = word.partition("=")
@@ -45,24 +43,8 @@ def find_preset(argv: Sequence[str]) -> object:
         if name == "--preset":
             preset = value
         elif name == "--config":
-            try:
-                found = yaml.safe_load(Path(value).read_text() if os.path.isfile(value) else value)
-            except (OSError, ValueError, yaml.YAMLError):
-                continue
-            if isinstance(found, dict):
-                refuse_classes(value, found)
-                preset = found.get("preset", preset)
+            preset = read_settings_file(value, SECTIONS).get("preset", preset)
     return preset
-
-
-def refuse_classes(path: str, found: Mapping) -> None:
-    """Raise SDRError where a configuration names something to import, or another file, instead of settings."""
-    for name in SECTIONS:
-        section = found.get(name)
-        if section is not None and not isinstance(section, Mapping):
-            raise SDRError(path, f"must hold settings under {name}, got {escape(str(section)[:80])}")
-        if named := {"class_path", "init_args"} & set(section or ()):
-            raise SDRError(path, f"has {min(named)} under {name}: no code is taken from a file")
 
 
 def add_train_arguments(parser, argv: Sequence[str] = ()) -> None:

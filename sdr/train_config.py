@@ -16,6 +16,7 @@ from sdr.config import (
     check_choice,
     check_count,
     check_flag,
+    check_number,
     ftcn_released,
     paper,
     tiny,
@@ -98,6 +99,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "max_bad_steps", "log_every", "checkpoint_every"):
             check_count(name, getattr(self, name))
+        for name in ("lr", "weight_decay", "ema", "validate_every"):
+            check_number(name, getattr(self, name))
+        for name in ("warmup_epochs", "clip_norm"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name))
         for name in ("recompute", "compile", "deterministic"):
             check_flag(name, getattr(self, name))
         check_choice("architecture", self.architecture, ("sdr", "ftcn"))

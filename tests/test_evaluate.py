@@ -17,6 +17,7 @@ def auc_by_pairs(scores, labels):
     return np.mean([1.0 if f > r else 0.5 if f == r else 0.0 for f, r in product(fake, real)])
 
 
+@pytest.mark.promise(row="metrics")
 @pytest.mark.parametrize("levels", [2, 5, 10**6], ids=["many ties", "some ties", "none"])
 def test_auc_is_the_share_of_ordered_pairs(levels):
     rng = np.random.default_rng(levels)
@@ -26,15 +27,18 @@ def test_auc_is_the_share_of_ordered_pairs(levels):
         assert abs(video_metrics(scores, labels)["video AUC"] - auc_by_pairs(scores, labels)) < 1e-12
 
 
+@pytest.mark.promise(row="metrics")
 def test_all_scores_equal_is_one_half():
     assert video_metrics([0.3] * 4, [0, 1, 0, 1])["video AUC"] == 0.5
 
 
+@pytest.mark.promise(row="metrics")
 def test_accuracy_counts_the_threshold_itself_as_fake():
     assert video_metrics([0.5, 0.4, 0.6, 0.5], [1, 0, 0, 0])["video accuracy"] == 0.5
     assert video_metrics([0.5, 0.4, 0.6, 0.5], [1, 0, 0, 0], threshold=0.7)["video accuracy"] == 0.75
 
 
+@pytest.mark.promise(row="metrics")
 @pytest.mark.parametrize(
     ("scores", "labels", "eer"),
     [
@@ -76,6 +80,7 @@ def exact_ap(points, reals, fakes):
     return sum((y1 - y0) * y1 * fakes / (y1 * fakes + x1 * reals) for (_, y0), (x1, y1) in pairwise(points) if y1 > y0)
 
 
+@pytest.mark.promise(row="metrics")
 @pytest.mark.parametrize("levels", [1, 2, 7, 10**6])
 def test_all_metrics_equal_exact_fractions(levels):
     rng = np.random.default_rng(levels)

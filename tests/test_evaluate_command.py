@@ -93,6 +93,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.promise(row="metrics")
 def test_scores_metrics_and_intervals_are_right_and_all_files_agree(tmp_path, model, weights, cache, capsys):
     out = tmp_path / "deep/out"
     assert evaluate(weights, cache, "--out", out, "--batch_size", 5, "--resamples", 60, "--seed", 3) == 0

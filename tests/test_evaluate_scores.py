@@ -100,6 +100,7 @@ OUT_OF_MEMORY = [
 ]
 
 
+@pytest.mark.promise(row="memory")
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
 def test_out_of_memory_halves_the_batch(cache, error):
     sizes = []
@@ -115,6 +116,7 @@ def test_out_of_memory_halves_the_batch(cache, error):
     assert sizes == [10, 5, 2, 3, 5, 2, 3]
 
 
+@pytest.mark.promise(row="memory")
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["GPU", "CPU"])
 def test_a_clip_that_does_not_fit_is_one_line(cache, error):
     def forward(clips):
@@ -142,6 +144,7 @@ def test_a_score_that_is_not_finite_is_refused_with_the_clips_name(cache, bad):
         clip_scores(forward, cache, [3, 4, 5], batch_size=3, device="cpu")
 
 
+@pytest.mark.promise(row="no substitution")
 def test_a_damaged_clip_is_named(tmp_path):
     folder = make_cache(tmp_path / "cache")
     (folder / "shards/train/002.tar").write_bytes(b"cut off")

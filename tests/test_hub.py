@@ -137,6 +137,7 @@ def test_refuses_weights_of_another_class(tmp_path, saved, config, loads, line):
         loads.from_pretrained(tmp_path)
 
 
+@pytest.mark.promise(row="no code from files")
 def test_refuses_damage_and_absence(tmp_path):
     SDRModel(CONFIG).save_pretrained(tmp_path / "m")
     path = tmp_path / "m" / "model.safetensors"

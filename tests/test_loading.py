@@ -141,11 +141,34 @@ def test_epochs_follow_each_other(cache):
     assert [(b.epoch, b.index) for b in take(loader_, 7)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
 
 
+@pytest.mark.promise(row="augmentation")
 @pytest.mark.parametrize("fields", [{"readers": 1, "ahead": 1}, {"readers": 3, "ahead": 5}], ids=str)
 def test_reading_ahead_changes_nothing(cache, fields):
     assert same(take(loader(cache), 5), take(loader(cache, **fields), 5))
 
 
+@pytest.mark.promise(row="augmentation")
+@pytest.mark.parametrize("batch_size", [2, 6, 12])
+@pytest.mark.parametrize("readers", [1, 2])
+def test_views_are_of_the_clip_whatever_the_batch(cache, batch_size, readers):
+    """Of the larger class, whose clips stand once in an epoch: which they are does not depend on the batch size."""
+
+    def fakes(**fields) -> dict:
+        found = {}
+        for batch in take(loader(cache, **fields), 2 * (12 // fields["batch_size"])):
+            for name, label, views in zip(batch.names, batch.labels.tolist(), batch.views, strict=True):
+                if label:
+                    found[batch.epoch, name] = views
+        return found
+
+    found, expected = fakes(batch_size=batch_size, readers=readers), fakes(batch_size=4)
+    assert found.keys() == expected.keys()
+    assert len(found) == 2 * 6
+    for key, views in found.items():
+        assert torch.equal(views, expected[key]), key
+
+
+@pytest.mark.promise(row="augmentation")
 def test_a_selection_keeps_the_draws(tmp_path):
     """The key of a clip's augmentation is its place in the manifest, not in what was selected of it."""
     folder = make_cache(tmp_path / "cache", splits=("train", "val"))
@@ -170,6 +193,7 @@ def test_dali_gives_the_same_views(cache, method, per_frame):
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(row="augmentation")
 @pytest.mark.parametrize("augmentation", ["reference", "dali"])
 def test_resumes_at_the_next_batch(cache, augmentation):
     whole = take(loader(cache, augmentation=augmentation), 8)
@@ -186,6 +210,7 @@ def test_a_loader_goes_on_where_its_last_loop_ended(cache):
     assert same(take(one, 2) + take(one, 3), take(loader(cache), 5))
 
 
+@pytest.mark.promise(row="augmentation")
 def test_a_resumed_run_may_have_other_processes(cache):
     first = loader(cache)
     take(first, 2)
@@ -195,6 +220,7 @@ def test_a_resumed_run_may_have_other_processes(cache):
     assert batch.names == (whole.names[1], whole.names[3])
 
 
+@pytest.mark.promise(row="augmentation")
 def test_state_is_the_same_in_another_process(cache):
     """A set's order differs from process to process."""
     code = """
@@ -218,12 +244,14 @@ print(json.dumps(loader.state_dict()))
     assert len(states) == 1
 
 
+@pytest.mark.promise(row="state")
 @pytest.mark.parametrize("place", [{"index": 3}, {"index": -1}, {"epoch": -1}], ids=str)
 def test_rejects_a_place_that_is_none(cache, place):
     with pytest.raises(SDRError, match="there is no batch"):
         loader(cache).load_state_dict(loader(cache).state_dict() | place)
 
 
+@pytest.mark.promise(row="state")
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -241,6 +269,7 @@ def test_rejects_a_state_of_other_settings(cache, fields, message):
         loader(cache, **fields).load_state_dict(loader(cache).state_dict())
 
 
+@pytest.mark.promise(row="state")
 def test_rejects_a_state_of_other_clips(cache, tmp_path):
     other = ClipCache(make_cache(tmp_path / "other", real=3, fake=6, clips=3, seed=1), split="train")
     with pytest.raises(SDRError, match="cache was "):
@@ -250,6 +279,7 @@ def test_rejects_a_state_of_other_clips(cache, tmp_path):
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(row="no substitution")
 @pytest.mark.parametrize("augmentation", ["reference", "dali"])
 @pytest.mark.parametrize("damage", ["missing", "cut off", "another"])
 def test_a_clip_that_cannot_be_read_is_named_after_the_batches_before_it(tmp_path, damage, augmentation):
@@ -265,7 +295,7 @@ def test_a_clip_that_cannot_be_read_is_named_after_the_batches_before_it(tmp_pat
         victim.write_bytes(bytes(20000))
     broken, seen = loader(cache, augmentation=augmentation), []
     with pytest.raises(SDRError, match=f"{victim.name}: .*{names[2][1]}"), closing(iter(broken)) as batches:
-        seen += (batch.names for batch in batches)
+        seen += (batch.names for batch in islice(batches, 9))
     assert seen == names[:2]
     assert (broken.epoch, broken.index) == (0, 2)  # the batch that never came
 
@@ -283,6 +313,7 @@ def test_a_failure_of_dali_names_the_clips(cache, monkeypatch):
     assert all(name in str(error.value) for name in names)
 
 
+@pytest.mark.promise(row="soak")
 def test_memory_threads_and_descriptors_do_not_grow_over_20_epochs(tmp_path):
     folder = make_cache(tmp_path / "cache", real=8, fake=8, clips=2, size=64)  # 98 kB a clip
     code = f"""

@@ -132,6 +132,7 @@ def test_moving_average_is_what_is_validated_and_written(tmp_path, data, others,
     assert (tmp_path / "losses.csv").read_bytes() == (whole / "losses.csv").read_bytes()
 
 
+@pytest.mark.promise(row="state")
 @pytest.mark.parametrize("step", [1, 3, 8, 11])
 def test_goes_on_after_a_stop_at_any_update_bit_for_bit(tmp_path, data, others, whole, step):
     stopped = train_some(step, config(ema=0.5), data, others, tmp_path)
@@ -140,6 +141,7 @@ def test_goes_on_after_a_stop_at_any_update_bit_for_bit(tmp_path, data, others, 
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.promise(row="state")
 def test_stopped_after_every_update(tmp_path, data, others, whole):
     runs = 0
     while not train_some(1, config(ema=0.5), data, others, tmp_path).finished:
@@ -179,6 +181,7 @@ def test_a_finished_run_is_not_done_again(tmp_path, data, others, whole, monkeyp
     assert result.metrics == json.loads(before["result.json"])["metrics"]
 
 
+@pytest.mark.promise(row="state")
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -204,6 +207,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, data):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.promise(row="atomic")
 def test_checkpoints_are_few_and_the_one_before_a_damaged_one_counts(tmp_path, data, others, whole, caplog):
     train_some(8, config(ema=0.5), data, others, tmp_path)
     kept = sorted((tmp_path / "checkpoints").iterdir())
@@ -218,6 +222,7 @@ def test_checkpoints_are_few_and_the_one_before_a_damaged_one_counts(tmp_path, d
     assert results(tmp_path) == results(whole)
 
 
+@pytest.mark.promise(row="atomic")
 def test_a_checkpoint_after_damaged_ones_replaces_them(tmp_path, data):
     train_some(9, config(checkpoint_every=3, keep_last=3), data, None, tmp_path)
     folder = tmp_path / "checkpoints"
@@ -258,6 +263,7 @@ def test_log_that_lacks_what_the_checkpoint_has_is_an_error(tmp_path, data):
         train(config(), data, None, tmp_path)
 
 
+@pytest.mark.promise(row="state")
 def test_other_software_is_said(tmp_path, data, caplog, monkeypatch):
     train_some(3, config(), data, None, tmp_path)
     monkeypatch.setattr("sdr.train.platform.python_version", lambda: "4.0")
@@ -281,6 +287,7 @@ def test_rejects_one_class(tmp_path, data, real, fake, kind):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.promise(row="numbers")
 def test_too_many_skipped_updates_stop_the_run_and_name_the_clips(tmp_path, data, monkeypatch, caplog):
     step = Trainer.step
 
@@ -301,6 +308,7 @@ def test_too_many_skipped_updates_stop_the_run_and_name_the_clips(tmp_path, data
     assert train(config(max_bad_steps=4), data, None, tmp_path).finished
 
 
+@pytest.mark.promise(row="numbers")
 def test_a_good_update_between_skipped_ones_ends_the_count(tmp_path, data, monkeypatch):
     step = Trainer.step
     count = iter(range(100))
@@ -328,6 +336,7 @@ def test_validation_comes_as_often_as_asked(tmp_path, data, others):
     assert [row["step"] for row in table(tmp_path / "b/validation.csv")] == [12]
 
 
+@pytest.mark.promise(row="no substitution")
 def test_a_vanished_clip_ends_the_run_with_its_name_and_nothing_is_lost(tmp_path, others):
     cache = make_cache(tmp_path / "cache", real=12, fake=12)
     shard = cache / "shards/train/003.tar"
@@ -340,6 +349,7 @@ def test_a_vanished_clip_ends_the_run_with_its_name_and_nothing_is_lost(tmp_path
     assert train(config(), ClipCache(cache), None, tmp_path / "run").finished
 
 
+@pytest.mark.promise(row="disk full, read-only")
 def test_full_disk_leaves_the_checkpoint_before(tmp_path, data, monkeypatch):
     from sdr import checkpoints
 

@@ -86,6 +86,7 @@ def test_a_wrong_file_is_refused_before_anything_is_made(tmp_path, cache, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.promise(row="no code from files")
 @pytest.mark.parametrize(
     "text",
     [
@@ -144,6 +145,7 @@ def test_refusals_are_one_line(tmp_path, cache, capsys, words, said):
     assert said in lines[0]
 
 
+@pytest.mark.promise(row="state")
 def test_another_presets_run_and_weights_with_fewer_branches_are_named(tmp_path, cache, capsys):
     run = ("train", "--data", cache, "--out", str(tmp_path / "run"), *SMALL)
     assert sdr(*run) == 0
@@ -171,6 +173,7 @@ def test_persons_in_train_and_val_are_refused(tmp_path, cache, capsys, monkeypat
     assert "identity anna is in train (a) and val (b) (its validation would say nothing)" in capsys.readouterr().err
 
 
+@pytest.mark.promise(row="pre-emption")
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, cache, name, code):

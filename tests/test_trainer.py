@@ -18,6 +18,8 @@ from sdr.clip_cache import ClipCache
 from sdr.config import GroupedConfig
 from sdr.engine import make_fabric
 from sdr.loading import Batch, LoaderConfig, TrainingLoader
+from sdr.losses import SDRLoss
+from sdr.model import SDROutput
 from sdr.train_config import TrainConfig
 from sdr.trainer import FIGURES, Trainer, refusals
 
@@ -66,6 +68,7 @@ def test_same_seed_gives_the_same_numbers_bit_for_bit(data):
     assert_same(found[0][1], found[1][1])
 
 
+@pytest.mark.promise(row="state")
 @pytest.mark.parametrize("fields", [{}, {"ema": 0.9}, {"precision": "fp16"}, {"architecture": "ftcn"}], ids=str)
 def test_goes_on_from_its_state_bit_for_bit(data, fields):
     parts = batches(data, 6, views=1 if "architecture" in fields else 4)
@@ -117,6 +120,7 @@ def test_an_update_does_not_wait_for_the_device(data, fields, monkeypatch):
     assert len(waits.seen) == 1
 
 
+@pytest.mark.promise(row="numbers")
 @pytest.mark.parametrize("what", ["views", "gradient"])
 @pytest.mark.parametrize("fields", [{}, {"accumulate": 2}, {"precision": "fp16"}, {"ema": 0.9}], ids=str)
 def test_non_finite_update_leaves_weights_statistics_and_moments(data, what, fields):
@@ -136,6 +140,33 @@ def test_non_finite_update_leaves_weights_statistics_and_moments(data, what, fie
     assert_same(state(one), before)
 
 
+@pytest.mark.promise(row="numbers")
+@pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
+@pytest.mark.parametrize("objective", ["shared", "complementary"])
+@pytest.mark.parametrize("edge", ["one class", "one sample", "zero vectors", "huge logits", "huge wrong logits"])
+def test_edges_give_finite_losses_and_gradients(edge, objective, weighting):
+    B = 1 if edge == "one sample" else 4
+    labels = torch.ones(B, dtype=torch.long) if edge in ("one class", "one sample") else torch.tensor([0, 1, 0, 1])
+    features = torch.zeros(B, 3, 5) if edge == "zero vectors" else torch.randn(B, 3, 5)
+    sign = {"huge logits": 1e4, "huge wrong logits": -1e4}.get(edge, 0.1)
+    toward = torch.stack([1.0 - labels, labels.float()], -1) * 2 - 1  # [B, 2]
+    parts = [
+        sign * toward[:, 1],
+        torch.zeros(B, 2, 4),
+        features,
+        sign * toward,
+        -sign * toward[:, None].repeat(1, 3, 1),
+    ]
+    output = SDROutput(*(part.requires_grad_() for part in parts))
+    losses = SDRLoss(LossConfig(objective=objective, weighting=weighting, detach_joint=False))(output, labels)
+    assert torch.stack(list(losses)).isfinite().all()
+    assert losses.mi >= 0
+    assert losses.contrastive >= 0
+    losses.total.backward()
+    assert all(part.grad is None or part.grad.isfinite().all() for part in output)
+
+
+@pytest.mark.promise(row="numbers")
 def test_the_next_update_is_as_if_the_skipped_one_had_not_been(data):
     parts = batches(data, 3)
     plain = model(dropout=0.0)  # whose masks would be others
@@ -309,6 +340,7 @@ def test_starts_from_weights_of_its_own_configuration_only(tmp_path):
         trainer(init=init, architecture="ftcn")
 
 
+@pytest.mark.promise(row="memory")
 def test_out_of_memory_names_the_settings(data, monkeypatch):
     one = trainer(accumulate=2)
 
