@@ -39,6 +39,7 @@ TESTS = [
     "test_cuda_launches.py",
     "test_graphs.py",
     "test_fast.py",
+    "test_gpu_promises.py",
 ]
 REHEARSED = "test_datasets.py"  # has no kernel to interpret: the rehearsal is of running and counting
 TESTS_SHARE = 0.85  # of the step's time; the model's checks run beside them
@@ -47,7 +48,7 @@ NAMES = 20  # of failures that are kept
 LOG_CHARACTERS = 3000
 CLIPS = {"ftcn_released": 4, "paper": 5}  # of 4 branches: the first replays a CUDA graph, the second is too large
 PRECISIONS = (("fp32",), ("fp16",), ("bf16", "bf16 from uint8"))  # checked beside each other
-REPEATS = 50
+REPEATS = 250
 ALLOWED = 2.0  # of the reference's own error in the same dtype
 # cuBLAS is repeatable only with this; and the float32 reference must not round to TF32
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVIDIA_TF32_OVERRIDE": "0"}

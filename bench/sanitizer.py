@@ -117,7 +117,8 @@ def normed_bottleneck(device: torch.device, dtype: torch.dtype, scheme: str) -> 
     """A block with branch1 and a pool, or one without and with the pool over time, by which scheme has it."""
     wide = scheme == "gram"
     C_in, inner, C_out = (16, 8, 33) if wide else (17, 6, 17)
-    sizes = [(C_in, inner, 3), (inner, inner, 1), (inner, C_out, 1), *[(C_in, C_out, 1)] * wide]
+    kernel = 3 if wide else 5  # so many taps that gradient rows are written out first
+    sizes = [(C_in, inner, kernel), (inner, inner, 1), (inner, C_out, 1), *[(C_in, C_out, 1)] * wide]
     layers = [normed(device, dtype, *size) for size in sizes]
     block = sdr_kernels.NormedBottleneck(*layers, *[None] * (4 - len(layers)), pool=wide, time_pool=not wide)
     x = random_rows((1, 2, C_in, 3, 3, 5), device, dtype).requires_grad_()

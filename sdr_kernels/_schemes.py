@@ -312,7 +312,8 @@ class Grams(Pass):
         grads = dweight, gradient.dgamma, gradient.dbeta
         if not needs_dh:
             return None, None, grads
-        weight, matrix, const = gram.dinput(gradient)
+        # as kernels read them: a product has the order of memory of the weight, which may be any
+        weight, matrix, const = (value.contiguous() for value in gram.dinput(gradient))
         second = (None, None, None) if batch is None else (matrix.to(self.dtype), center, const.to(self.wide))
         rest = (*second, None, None, None, 1, relu, z_center, self.impl)  # no residual
         weight = weight[:, None].to(self.dtype)

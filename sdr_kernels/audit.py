@@ -3,7 +3,7 @@
 ``python -m sdr_kernels.audit`` prints a table of registers, spills, shared memory and instructions, and ends with 1
 where a rule is broken: a spill, more shared memory than the architecture has, a matrix kernel in half precision
 without tensor-core instructions, a pointer offset that is not computed in 64 bits, a maximum that drops NaN, a float32
-product rounded to TF32, a shape class that no case compiles.
+product rounded to TF32, floats added in any order by atomics, a shape class that no case compiles.
 """
 
 import argparse
@@ -152,13 +152,15 @@ def judge(kernel, case: AuditCase, job: Job, shape_class: str, tile: Tile) -> Ro
 
 
 def lost_values(ttir: str) -> list[str]:
-    """What the interpreter cannot tell, since NumPy does neither: maxima that drop NaN, products rounded to TF32."""
+    """What the interpreter cannot tell: maxima that drop NaN, products rounded to TF32, sums in an order of chance."""
     broken = []
     # inside a reduction, on scalars, Triton has no other
     if re.search(r"arith\.maxnumf [^\n]*: tensor<", ttir):
         broken.append("a maximum drops NaN")
     if re.search(r"tt\.dot [^\n]*inputPrecision = tf32[^\n]*: tensor<\w*xf32> \*", ttir):
         broken.append("a float32 product is rounded to TF32")
+    if re.search(r"tt\.atomic_rmw f\w+", ttir):
+        broken.append("floats are added by atomics, in any order")
     return broken
 
 

@@ -27,9 +27,10 @@ def info_nce_reference(features: Tensor, labels: Tensor, temperature: float = 0.
     log_prob = (logits - logits.logsumexp(1, keepdim=True)).masked_fill(own, 0)  # N = 1: -inf - -inf stays masked
     positive = (labels[:, None] == labels[None, :]) & ~own
     count = positive.sum(1)
-    loss = -(log_prob * positive).sum(1) / count.clamp(min=1)
+    # no products with 0 or 1: what is not finite counts where it is asked for, and nowhere else
+    loss = -log_prob.where(positive, 0).sum(1) / count.clamp(min=1)
     anchor = labels == 0 if anchors == "real" else torch.ones_like(labels, dtype=torch.bool)
-    return (loss * anchor).sum() / anchor.sum().clamp(min=1)
+    return loss.where(anchor, 0).sum() / anchor.sum().clamp(min=1)
 
 
 def _fake_fwd(features, labels, temperature, real_anchors):

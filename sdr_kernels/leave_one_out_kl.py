@@ -8,6 +8,7 @@ from sdr_kernels._ops import check_floating, differentiable_once, register, sele
 from sdr_kernels.info_nce import check_temperature
 
 MAX_CLASSES = 16  # of the kernels
+MAX_ELEMENTS = 2**31  # of a tensor that a single program walks over
 DIRECTIONS = ("joint_to_loo", "loo_to_joint")
 OBJECTIVES = ("shared", "complementary")
 
@@ -94,7 +95,8 @@ def leave_one_out_kl(
     """
     check_logits(joint_logits, loo_logits, direction, objective)
     check_temperature("temperature", temperature)
-    impl = select_impl(impl, joint_logits, unfit=why_unfit(joint_logits))
+    unfit = why_unfit(joint_logits) or why_too_large(loo_logits=loo_logits)
+    impl = select_impl(impl, joint_logits, unfit=unfit)
     if impl == "reference":
         return leave_one_out_kl_reference(joint_logits, loo_logits, temperature, detach_joint, direction, objective)
     reverse, complementary = direction == "loo_to_joint", objective == "complementary"
@@ -107,6 +109,14 @@ def why_unfit(joint_logits: Tensor) -> str:
         return "joint_logits must not be float64"
     if joint_logits.shape[1] > MAX_CLASSES:
         return f"joint_logits must have at most {MAX_CLASSES} classes, got {joint_logits.shape[1]}"
+    return ""
+
+
+def why_too_large(**tensors: Tensor) -> str:
+    """Why these are more than the kernel's single program can walk over; empty where they are not."""
+    for name, tensor in tensors.items():
+        if tensor.numel() >= MAX_ELEMENTS:
+            return f"{name} must have fewer than 2^31 elements, got {list(tensor.shape)}"
     return ""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sdr_kernels._ops import check_floating, differentiable_once, register, select_impl
 from sdr_kernels.info_nce import check_features, check_temperature, info_nce, info_nce_reference
-from sdr_kernels.leave_one_out_kl import check_logits, leave_one_out_kl_reference, why_unfit
+from sdr_kernels.leave_one_out_kl import check_logits, leave_one_out_kl_reference, why_too_large, why_unfit
 
 MAX_ROWS = {"triton": 64, "cuda": 128}  # of features whose similarities fit one program; the paper's batch has 64
 
@@ -139,7 +139,9 @@ def sdr_loss(
     no_cuda = ""
     if group is not None or num_rows > MAX_ROWS["cuda"]:
         no_cuda = f"features must have at most {MAX_ROWS['cuda']} rows, B * V, got {num_rows}, and no group"
-    unfit = why_unfit_batch(features, logits, joint_logits)
+    unfit = why_unfit_batch(features, logits, joint_logits) or why_too_large(loo_logits=loo_logits)
+    if num_rows <= MAX_ROWS["cuda"]:  # every program walks over all of their features
+        unfit = unfit or why_too_large(features=features)
     chosen = select_impl(impl, features, op="sdr_loss", unfit=unfit, no_cuda=no_cuda)
     # "auto" leaves the N x N matrix to kernels that fit it, and else to info_nce, which has none
     whole = group is None and (impl == "reference" or num_rows <= MAX_ROWS.get(chosen, 0))

@@ -1,4 +1,7 @@
-"""Kernels that each break one rule of the audit, and one that breaks none; see test_audit.py."""
+"""Kernels that each break one rule of the audit, one that breaks none, and one that reaches too far.
+
+See test_audit.py and test_fuzz_ops.py.
+"""
 
 from collections.abc import Iterator
 
@@ -68,6 +71,27 @@ def _no_nan_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
     tl.store(out_ptr + here, tl.maximum(tl.dot(x, x), 0.0).to(x.dtype))
 
 
+@triton.jit(do_not_specialize=["stride"])
+def _atomic_kernel(x_ptr, out_ptr, stride, BLOCK: tl.constexpr):
+    here = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(x_ptr + here)
+    tl.atomic_add(out_ptr + here, tl.dot(x, x).to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _reaching_kernel(x_ptr, out_ptr, N, READ: tl.constexpr, WRITE: tl.constexpr, BLOCK: tl.constexpr):
+    here = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + here + READ, mask=here < N)
+    tl.store(out_ptr + here + WRITE, x, mask=here < N)
+
+
+def launch_reaching(x: torch.Tensor, read: int, write: int) -> torch.Tensor:
+    """A copy of x, [5], of eight lanes; reads and writes so many elements too far."""
+    out = torch.empty_like(x)
+    _reaching_kernel[(1,)](x, out, len(x), READ=read, WRITE=write, BLOCK=8)
+    return out
+
+
 def launcher(kernel, *, block: int = 64, **options):
     def launch(x):
         kernel[(1, 1)](x, torch.empty_like(x), x.shape[0], BLOCK=block, **options)
@@ -82,6 +106,7 @@ LAUNCHERS = {
     "summed in a loop": launcher(_summed_in_a_loop_kernel),
     "scalar product": launcher(_scalar_product_kernel, block=32),
     "no NaN": launcher(_no_nan_kernel),
+    "atomics": launcher(_atomic_kernel),
     "spill": launcher(_good_kernel, maxnreg=32),
     "shared memory": launcher(_many_stages_kernel, block=128, num_warps=8, num_stages=9),
     "no such option": launcher(_good_kernel, unknown=1),

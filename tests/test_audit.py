@@ -19,6 +19,7 @@ FAULTS = {
     "summed in a loop": "offset may overflow: %start",
     "scalar product": "no tensor-core instruction",
     "no NaN": "a maximum drops NaN",
+    "atomics": "floats are added by atomics",
     "spill": "spills",
     "shared memory": "bytes of shared memory, sm_80 has 101376",
     "no such option": "does not compile: KeyError",
@@ -32,6 +33,7 @@ def planted():
     return {row.case: row for row in run_jobs(jobs, processes=1)}
 
 
+@pytest.mark.promise(row="repeatable")
 @pytest.mark.parametrize("name", FAULTS)
 def test_finds_planted_fault(planted, name):
     assert FAULTS[name] in planted[name].broken[0]
@@ -78,6 +80,7 @@ PROGRAM = """    %g = tt.get_program_id x : i32 loc(#loc)
     %o = arith.extsi %q : i32 to i64 loc(#loc)"""
 
 
+@pytest.mark.promise(row="large")
 @pytest.mark.parametrize(
     ("body", "found"),
     [
@@ -156,6 +159,7 @@ def test_table_says_what_is_broken():
     assert " ".join(line.split()) == "sm_80 an op op_fwd a case M16 warps4 9 8 7 0 0/1 bad and 1 more"
 
 
+@pytest.mark.promise(row="large")
 @pytest.mark.slow
 def test_everything_shipped_passes(tmp_path):
     command = [sys.executable, "-m", "sdr_kernels.audit", "--out", str(tmp_path / "audit.json")]

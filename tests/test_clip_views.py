@@ -69,6 +69,7 @@ def assert_right(inputs, dtype, fill="mean"):
     assert_matches_reference(partial(TRITON, dtype=dtype, fill=fill), reference, inputs)
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("fill", ["mean", "black"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, fill, dtype, device):
@@ -143,12 +144,14 @@ def one_frame(x):
     return x[:, :, :1].contiguous().expand(x.shape)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", [channels_innermost, width_outermost, misaligned, sliced, one_frame])
 def test_any_layout_of_clips(layout, dtype, device):
     clips, *maps = make_inputs(SMALL, device)
     assert_right([layout(clips), *maps], dtype)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", [width_outermost, misaligned, sliced])
 def test_any_layout_of_maps(layout, device):
     clips, *maps = make_inputs(SMALL, device)
@@ -307,6 +310,7 @@ def run_guarded(code):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
 
 
+@pytest.mark.promise(row="in bounds")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="guard pages are a CPU's; compute-sanitizer watches a GPU")
 def test_no_sampling_reads_beyond_the_clip():
     done = run_guarded(SAMPLED)
@@ -314,18 +318,21 @@ def test_no_sampling_reads_beyond_the_clip():
     assert [run_guarded(f"whole[{index}]").returncode for index in ("page", "page - 1", "2 * page")] == [0, -11, -11]
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeatable(dtype, device):
     inputs = make_inputs((2, 2, True, 1, 33, 35), device)
     first = TRITON(*inputs, dtype=dtype)
     assert all(torch.equal(first, TRITON(*inputs, dtype=dtype)) for _ in range(3))
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(dtype, device):
     statistics = [list(values) for values in IMAGENET.values()]
     arguments = (*make_inputs(SMALL, device), *statistics, True, dtype, "triton")
     torch.library.opcheck(torch.ops.sdr_kernels.clip_views_fwd.default, arguments)
 
 
+@pytest.mark.promise(row="registered right")
 def test_compiles_whole(dtype, device):
     inputs = make_inputs(SMALL, device)
     run = partial(TRITON, dtype=dtype)
@@ -338,6 +345,7 @@ class Views(torch.nn.Module):
         return TRITON(clips, sampling, color, hole, dtype=torch.float16)
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports(strict, device):
     inputs = make_inputs(SMALL, device)

@@ -155,6 +155,7 @@ def test_one_channel_and_one_row(call, dtype, device):
     assert_matches_plain(conv_grad, make_inputs((1, 1, 1, 1, 1, 1, 1), CALLS[call], dtype, device))
 
 
+@pytest.mark.promise(row="odd inputs")
 def test_no_clips(dtype, device):
     shape = (0, 2, 3, 5, 4, 2, 2)
     out, sums = conv_grad(*make_inputs(shape, CALLS["b, gram"], dtype, device), "triton")
@@ -199,6 +200,7 @@ def test_a_pool_returns_its_gradient_to_the_first_of_equals(pool, size, device):
         assert out.count_nonzero() == d.count_nonzero()
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of numpy
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=str)
 @pytest.mark.parametrize("call", ["c, gram, time pool", "b, gram, pool", "a, time pool", "c, fused, time pool"])
@@ -255,6 +257,7 @@ def test_rows_beyond_the_end_of_a_tile_are_not_summed(device):
     assert ((sums[:, 0] - 3e4).abs() < 100).all()
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeats_bit_for_bit(dtype, device):
     shape = (2, 2, 33, 20, 3, 5, 7)
     calls = [(conv_grad, make_inputs(shape, CALLS["b, gram, pool"], dtype, device))]
@@ -266,6 +269,7 @@ def test_repeats_bit_for_bit(dtype, device):
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(device):
     shape = (1, 2, 16, 20, 4, 2, 3)
     for call in ("b, gram, pool", "a, time pool"):

@@ -92,6 +92,7 @@ time.sleep(600)
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+@pytest.mark.promise(row="equal in training")
 def test_losses_by_kernels_stay_with_the_references_for_200_steps(bench):
     curves = bench("curves")
     config = replace(tiny(), **curves.SMALL)
@@ -183,6 +184,25 @@ def test_the_sanitizer_runs_every_kernel(bench):
     assert set(sanitizer.SMALL_SHAPES) - trained == kernels - of_training
     cuda = {path.stem for path in (ROOT / "csrc").glob("*.cu")}
     assert set(sanitizer.CUDA_SHAPES) == set(sanitizer.CUDA_DTYPES) == {f"{op} in CUDA" for op in cuda}
+
+
+@pytest.mark.promise(row="in bounds")
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # the interpreter's, of numpy
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are counted under the interpreter")
+def test_the_sanitizer_launches_every_kernel(bench, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
+
+    launched, run = set(), GridExecutor.__call__
+
+    def counted(self, *arguments, **options):
+        launched.add(self.fn.__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    sanitizer, cpu = bench("sanitizer"), torch.device("cpu")
+    assert sanitizer.run_small_shapes(sanitizer.small_runs(cpu), cpu) > 60
+    sources = "".join(path.read_text() for path in (ROOT / "sdr_kernels" / "_triton").glob("*.py"))
+    assert launched == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,7 @@ def train(model: SDRModel, steps: int, *, switch: dict[int, GroupedConfig] | Non
     return losses
 
 
+@pytest.mark.promise(row="equal in training")
 def test_switching_implementations_in_the_middle_changes_rounding_alone():
     model = without_dropout(random_model(CONFIGS["tiny"])).train()
     cpu, plain = GroupedConfig(impl="cpu"), GroupedConfig(impl="reference")

@@ -39,6 +39,7 @@ def assert_right(impl, features, labels, temperature=0.07, anchors="all"):
     assert_matches_reference(ours, partial(info_nce_reference, **options), [features, labels])
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("anchors", ["all", "real"])
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -65,6 +66,7 @@ def sliced(x):
     return x.repeat_interleave(2, 0)[::2]
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", [misaligned, sliced, lambda x: x.mT.contiguous().mT])
 def test_any_layout(layout, impl, dtype, device):
     features, labels = make_inputs(18, 20, dtype, device)
@@ -175,6 +177,7 @@ def test_scaled_loss_scales_the_gradient(impl, dtype, device):
     assert torch.equal(many, 1024 * one)
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeats_are_bit_equal(impl, dtype, device):
     features, labels = make_inputs(70, 20, dtype, device)
     losses = [info_nce(features, labels, impl=impl) for _ in range(3)]
@@ -183,6 +186,7 @@ def test_repeats_are_bit_equal(impl, dtype, device):
     assert all(torch.equal(x, gradients[0]) for x in gradients)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("row", [0, 17])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_a_number_is_not_hidden(value, row, impl, dtype, device):
@@ -192,6 +196,17 @@ def test_not_a_number_is_not_hidden(value, row, impl, dtype, device):
     assert info_nce(features, labels, impl=impl).isnan()
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning", "ignore:All-NaN:RuntimeWarning")  # numpy's
+def test_rows_that_are_no_anchors_do_not_count(impl, device):
+    """Whatever they hold: without a positive or an anchor the loss is 0."""
+    features = torch.randn(3, 4, device=device)
+    features[0, 1] = float("nan")
+    for labels, anchors in ([0, 1, 2], "all"), ([1, 1, 1], "real"):
+        for each in (impl, "reference"):
+            assert info_nce(features, torch.tensor(labels, device=device), anchors=anchors, impl=each) == 0
+
+
+@pytest.mark.promise(row="registered right")
 def test_registration(impl, dtype, device):
     features, labels = make_inputs(9, 5, dtype, device)
     features = features.detach()
@@ -201,6 +216,7 @@ def test_registration(impl, dtype, device):
     torch.library.opcheck(backward, (features, labels, rows, torch.ones((), device=device), 0.07, impl))
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
 def test_compiles_whole(impl, device):
     features, labels = make_inputs(9, 5, torch.float32, device)
@@ -220,6 +236,7 @@ def test_batches_of_any_size_share_a_compilation():
     assert counter.frame_count <= 2
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_with_a_dynamic_size(strict):

@@ -26,6 +26,7 @@ def assert_right(inputs, **options):
     assert_matches_reference(ours, partial(leave_one_out_kl_reference, **options), inputs)
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("reading", READINGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, reading, dtype, device):
@@ -60,11 +61,13 @@ def test_no_view_left_out_is_zero(objective, impl, device):
     assert leave_one_out_kl(joint, loo, objective=objective, impl=impl).item() == 0
 
 
+@pytest.mark.promise(row="odd inputs")
 def test_strided_logits(dtype, device):
     joint, loo = make_inputs((12, 4, 4), dtype, device, detach=True)
     assert_right([joint[::2, ::2], loo.detach()[::2, :, ::2].requires_grad_()])
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("part", ["joint", "loo"])
 @pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice) encountered:RuntimeWarning")
 def test_not_a_number_is_not_hidden(part, device):
@@ -80,12 +83,14 @@ def test_reference_gradients():
         assert torch.autograd.gradcheck(partial(leave_one_out_kl, impl="reference", **options), inputs)
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(dtype, device):
     joint, loo = (x.detach() for x in make_inputs((3, 2, 2), dtype, device))
     op = torch.ops.sdr_kernels.leave_one_out_kl_fwd.default
     torch.library.opcheck(op, (joint, loo, 1.5, True, True, False, "triton"))
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
 def test_compiles_whole(device):
     inputs = make_inputs((3, 2, 2), torch.float32, device)

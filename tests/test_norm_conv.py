@@ -229,6 +229,7 @@ def test_conv_norm_keeps_nan_and_infinity(way, dtype, device):
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeats_bit_for_bit(dtype, device):
     inputs = product_inputs((2, 2, 33, 20, 6, 7, 5), 3, True, dtype, device)
     pooled = norm_inputs((2, 2, 33, 20, 6, 7, 5), WAYS[2], dtype, device)
@@ -237,6 +238,7 @@ def test_repeats_bit_for_bit(dtype, device):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.promise(row="odd inputs")
 def test_no_clips(device):
     shape = (0, 2, 3, 5, 4, 4, 4)
     for is_normed in (False, True):
@@ -248,6 +250,7 @@ def test_no_clips(device):
     assert code.shape == (0, 2, 4, 2, 2, 2)
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(device):
     shape = (1, 2, 16, 20, 3, 4, 2)
     for is_normed in (False, True):

@@ -52,6 +52,7 @@ def test_plain_product(shape, dtype, device):
     assert_right(make_inputs(shape, dtype, device, surrounded=False))
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, activation, dtype, device):
@@ -87,6 +88,7 @@ def transposed(x):
     return x.mT.contiguous().mT if x.ndim > 1 else sliced(x)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", [misaligned, sliced, transposed])
 def test_any_layout(layout, dtype, device):
     assert_right([layout(tensor) for tensor in make_inputs(((2, 5), 48, 20), dtype, device)])
@@ -126,6 +128,14 @@ def test_equal_values_are_normalised_to_beta(dtype, device):
     assert torch.equal(got, beta.to(dtype).expand(3, -1))
 
 
+@pytest.mark.parametrize("value", [0.7, -3.3])
+def test_constant_rows_have_no_variance(value, dtype, device):
+    """What rounding leaves of a mean would be 316 times as large after the norm."""
+    x, weight, bias, gamma, beta, _ = make_inputs(((5,), 65, 17), dtype, device)
+    inputs = [torch.full_like(x, value), weight, bias, gamma, beta]
+    assert_matches_reference(TRITON, REFERENCE, inputs)
+
+
 @pytest.mark.parametrize("mean", [1e2, -1e4])
 def test_large_mean_and_small_variance(mean, device):
     x, *others = make_inputs(((5,), 200, 17), torch.float32, device)
@@ -146,6 +156,7 @@ def test_scale_of_a_row_is_normalised_away(scale, device):
     assert_right([scale * x, *others], eps=1e-12)
 
 
+@pytest.mark.promise(row="odd inputs")
 @QUIET
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -170,6 +181,7 @@ def test_gradients_come_from_the_reference_alone(name, device):
         torch.testing.assert_close(TRITON(**inputs), REFERENCE(**inputs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.parametrize("surrounded", [False, True])
 def test_registration(surrounded, dtype, device):
     x, weight, *others = make_inputs(((2, 3), 20, 7), dtype, device, surrounded=surrounded)
@@ -178,6 +190,7 @@ def test_registration(surrounded, dtype, device):
     torch.library.opcheck(torch.ops.sdr_kernels.norm_linear_fwd.default, arguments)
 
 
+@pytest.mark.promise(row="registered right")
 def test_compiles_whole(device):
     inputs = make_inputs(((2, 3), 20, 7), torch.float32, device)
     function = partial(TRITON, activation="gelu")

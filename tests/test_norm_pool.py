@@ -67,6 +67,7 @@ def test_the_first_of_equals_has_the_code(device):
     assert code.flatten().tolist() == [0] * 8
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # the interpreter's, of numpy
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_nan_and_infinity_stay_where_they_belong(way, dtype, device):
@@ -83,18 +84,21 @@ def test_nan_and_infinity_stay_where_they_belong(way, dtype, device):
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeats_bit_for_bit(dtype, device):
     inputs = make_inputs((2, 2, 33, 6, 7, 5), WAYS[2], dtype, device)
     first, second = (norm_pool(*inputs, "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.promise(row="odd inputs")
 def test_no_clips(device):
     out, code = norm_pool(*make_inputs((0, 2, 5, 4, 4, 4), WAYS[5], torch.float32, device), "triton")
     assert out.shape == (0, 2, 4, 2, 2, 5)
     assert code.shape == (0, 2, 4, 2, 2, 2)
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(device):
     for way in WAYS:
         inputs = make_inputs((1, 2, 20, 3, 4, 2), way, torch.float32, device)

@@ -33,6 +33,7 @@ def make_inputs(shape, device, dtype=torch.float32, **values):
     return x, NormedBottleneck(**convs, pool=pool, time_pool=time_pool)
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("shape", "impl", "dtype"), cases(SHAPES), ids=str)
 def test_errs_like_eager(shape, impl, dtype, scheme, device):
@@ -109,6 +110,22 @@ def test_formulas_are_exact_in_float64(shape, scheme, bn):
         assert (found[name] - truth).norm() <= 1e-10 * truth.norm() + 1e-10, name
 
 
+@pytest.mark.promise(row="odd inputs")
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_memory_order_of_weights(scheme, impl, device):
+    x, block = make_inputs(SHAPES[2], device)
+
+    def reordered(conv):
+        weight = conv.weight.detach().permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+        return conv._replace(weight=weight.requires_grad_())
+
+    other = block._replace(**{name: reordered(getattr(block, name)) for name in "abc"})
+    one, two = (results(normed_bottleneck, x, each, None, scheme=scheme, impl=impl) for each in (block, other))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.promise(row="repeatable")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_repeats_bit_for_bit(scheme, impl, dtype, device):
     x, block = make_inputs(SHAPES[2], device, dtype)
@@ -153,6 +170,7 @@ def test_double_backward_is_refused(impl, device):
         torch.autograd.grad(normed_bottleneck(x, block, impl=impl).out.sum(), x, create_graph=True)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # the interpreter's, of numpy
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nan_is_not_lost(scheme, impl, device):
@@ -165,6 +183,7 @@ def test_nan_is_not_lost(scheme, impl, device):
     assert not found["out"][:, 1].isnan().any()
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_compiles_whole(scheme, impl, device):

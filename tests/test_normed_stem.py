@@ -25,6 +25,7 @@ def make_inputs(shape, device, dtype=torch.float32, *, per_branch=True, **values
     return x, make_conv(V, 3, C, k, dtype, device, **values)
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize(("shape", "impl", "dtype"), cases(SHAPES), ids=str)
 def test_errs_like_eager(shape, impl, dtype, device):
     draws = 1 if shape[4] == 64 else 3  # the kernel has a program for each frame, which takes long to interpret
@@ -52,6 +53,7 @@ def test_one_clip_for_all_branches(impl, dtype, device):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.promise(row="odd inputs")
 def test_strided_views(impl, dtype, device):
     x, conv = make_inputs(SHAPES[1], device, dtype)
     other = x.transpose(1, -1).contiguous().transpose(1, -1)

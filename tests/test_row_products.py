@@ -139,6 +139,7 @@ def test_rows_outside_are_zero_after_the_norm(device):
     assert [value.item() for value in covariance(x, one, one, "triton")] == [0, 1]
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of numpy
 @pytest.mark.parametrize(
     "shape", [(1, 2, 16, 20, 3, 5, 3, 3), (1, 2, 130, 20, 3, 5, 3, 3)], ids=["in place", "written"]
@@ -184,6 +185,7 @@ def test_covariance_of_rows_far_from_zero(device):
     assert products[:, 3].abs().max() <= 1e-16
 
 
+@pytest.mark.promise(row="repeatable")
 @pytest.mark.parametrize("C_in", [33, 130])
 def test_repeats_bit_for_bit(C_in, dtype, device):
     inputs = make_inputs((2, 1, C_in, 20, 3, 4, 6, 6), dtype, device)
@@ -205,6 +207,7 @@ def test_sums_in_float32_are_short(device):
     assert abs(sums.item() / (10000 * value) - 1) < 1e-6
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.parametrize("shape", [(1, 2, 16, 20, 3, 3, 2, 2), (1, 1, 130, 5, 3, 3, 2, 2)], ids=["in place", "written"])
 def test_registration(shape, device):
     ops = torch.ops.sdr_kernels

@@ -37,6 +37,7 @@ def assert_right(inputs, options=LossOptions()):  # noqa: B008 - it is immutable
     assert_matches_reference(ours, partial(sdr_loss_reference, options=options), inputs)
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device):
     assert_right(make_inputs(shape, dtype, device))
@@ -94,6 +95,20 @@ def test_logits_of_any_size_are_finite(magnitude, label, device):
     assert_right([x, labels, z.requires_grad_(), joint.requires_grad_(), loo], LossOptions(detach_joint=False))
 
 
+@pytest.mark.promise(row="odd inputs")
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # the interpreter's, of numpy
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_an_infinite_logit_gives_what_torch_gives(value, label, device):
+    logits = torch.tensor([0.3, value, -1.2], device=device)
+    labels = torch.full((3,), label, device=device)
+    heads = torch.zeros(3, 2, device=device), torch.zeros(3, 1, 2, device=device)
+    ours, exact = (
+        sdr_loss(torch.ones(3, 1, 4, device=device), labels, logits, *heads, impl=i) for i in ("triton", "reference")
+    )
+    assert torch.equal(ours[0].nan_to_num(1.0, 2.0, 3.0), exact[0].nan_to_num(1.0, 2.0, 3.0))
+
+
 @pytest.mark.parametrize("edge", ["zero vectors", "identical", "one zero vector"])
 def test_features_without_a_direction(edge, dtype, device):
     x, labels, *rest = make_inputs((4, 3, 6), dtype, device)
@@ -104,6 +119,7 @@ def test_features_without_a_direction(edge, dtype, device):
     assert torch.autograd.grad(sdr_loss(x, labels, *rest, impl="triton")[2], x)[0].isfinite().all()
 
 
+@pytest.mark.promise(row="odd inputs")
 def test_strided_inputs(dtype, device):
     x, labels, z, joint, loo = (t.detach() for t in make_inputs((8, 3, 12), dtype, device))
     strided = [x[::2, :, ::2], z[::2], joint[::2], loo.transpose(0, 1).contiguous().transpose(0, 1)[::2]]
@@ -143,6 +159,7 @@ def test_gradient_of_a_gradient_is_refused(device):
         torch.autograd.grad(sdr_loss(x, labels, *rest, impl="triton").sum(), x, create_graph=True)
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeats_are_bit_equal(dtype, device):
     inputs = [t.detach() for t in make_inputs((16, 4, 70), dtype, device)]
     op = torch.ops.sdr_kernels.sdr_loss_fwd
@@ -150,6 +167,7 @@ def test_repeats_are_bit_equal(dtype, device):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(dtype, device):
     for shape in (SHAPES[0], (3, 4, 6)):
         inputs = [t.detach() for t in make_inputs(shape, dtype, device)]
@@ -157,6 +175,7 @@ def test_registration(dtype, device):
         torch.library.opcheck(op, (*inputs, *LossOptions().arguments, "triton"))
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
 def test_compiles_whole(device):
     x, labels, *rest = make_inputs((4, 3, 6), torch.float32, device)

@@ -25,6 +25,7 @@ def assert_right(x):
     assert_matches_reference(TRITON, spatial_mean_reference, [x])
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device):
     assert_right(torch.randn(shape, device=device).to(dtype))
@@ -49,6 +50,7 @@ def sliced(x):
 LAYOUTS = [channels_innermost, misaligned, lambda x: misaligned(x.movedim(2, -1)).movedim(-1, 2), sliced]
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["innermost", "misaligned", "innermost misaligned", "sliced"])
 def test_any_layout(layout, dtype, device):
     assert_right(layout(torch.randn(2, 2, 17, 3, 5, 3, device=device).to(dtype)))
@@ -82,6 +84,7 @@ def test_large_mean_and_small_differences(device):
     assert_right(1e4 + torch.randn(1, 2, 16, 2, 9, 9, device=device))
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_inf_stay_in_their_frame_and_channel(value, dtype, device):
     x = torch.randn(1, 2, 20, 3, 6, 6, device=device).to(dtype)
@@ -101,12 +104,14 @@ def test_gradients_come_from_the_reference_alone(impl, device):
         torch.testing.assert_close(spatial_mean(x, impl=impl), spatial_mean_reference(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
 def test_registration(shape, dtype, device):
     x = torch.randn(shape, device=device).to(dtype)
     torch.library.opcheck(torch.ops.sdr_kernels.spatial_mean_fwd.default, (x, "triton"))
 
 
+@pytest.mark.promise(row="registered right")
 def test_compiles_whole(device):
     x = torch.randn(2, 2, 5, 3, 2, 3, device=device)
     compiled = torch.compile(TRITON, fullgraph=True, backend="aot_eager")

@@ -135,6 +135,7 @@ def test_patch_covariance(shape, dtype, device):
     assert_covariance_right(make_inputs(shape, dtype, device)[0], shape[3])
 
 
+@pytest.mark.promise(row="odd inputs")
 def test_no_clips(dtype, device):
     x, weight, scale, shift = make_inputs((0, 2, 4, 3, 5, 6, 7), dtype, device)
     y, code = stem_max(x, weight, scale, shift, "triton")
@@ -147,6 +148,7 @@ def test_no_clips(dtype, device):
 LAYOUTS = LAYOUTS | {"one clip for all branches": lambda x: x[:, :1].expand_as(x)}
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_of_clips(layout, device):
     """Right, and the same bits as for the usual layout."""
@@ -278,6 +280,7 @@ def test_large_means(spread, device):
     assert ((mean - true_mean).abs() <= 4 * FLOAT32 * true_mean.abs()).all()
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeats_bit_for_bit(dtype, device):
     shape = (2, 1, 17, 5, 2, 12, 13)
     rows = make_gradients(shape, dtype, device)
@@ -290,6 +293,7 @@ def test_repeats_bit_for_bit(dtype, device):
         assert all(torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(device):
     shape = (1, 2, 3, 3, 1, 4, 4)
     x, *rows = make_gradients(shape, torch.float32, device)

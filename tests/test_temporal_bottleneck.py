@@ -47,6 +47,7 @@ def assert_right(shape, inputs):
     assert_matches_reference(kernel, reference, inputs)
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device):
     assert_right(shape, make_inputs(shape, dtype, device))
@@ -55,6 +56,7 @@ def test_matches_reference(shape, dtype, device):
 BRANCH1_POOL = (2, 2, 20, 8, 24, 3, 2, 5, 4, "branch1 pool")
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_memory_layout(layout, dtype, device):
     x, *layers = make_inputs(BRANCH1_POOL, dtype, device)
@@ -62,6 +64,7 @@ def test_any_memory_layout(layout, dtype, device):
     assert_right(BRANCH1_POOL, [LAYOUTS[layout](x), *layers])
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of numpy
 @pytest.mark.parametrize("flags", ["", "branch1 pool", "branch1 time_pool"])
 @pytest.mark.parametrize("inner", [8, 40], ids=["chained", "through scratch"])
@@ -140,6 +143,7 @@ def test_pools_between_bn_and_relu(impl, device):
     assert temporal_bottleneck(x, unit, b, unit, nothing, pool=True, impl=impl).item() == 2
 
 
+@pytest.mark.promise(row="repeatable")
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[7]], ids=str)
 def test_repeats_bit_for_bit(shape, dtype, device):
     inputs = make_inputs(shape, dtype, device)
@@ -147,6 +151,7 @@ def test_repeats_bit_for_bit(shape, dtype, device):
     assert all(torch.equal(other, first) for other in others)
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[6], SHAPES[9]], ids=str)
 def test_registration(shape, device):
     inputs = make_inputs(shape, torch.float32, device)
@@ -155,6 +160,7 @@ def test_registration(shape, device):
     torch.library.opcheck(torch.ops.sdr_kernels.temporal_bottleneck_fwd, (*inputs, *pools, "triton"))
 
 
+@pytest.mark.promise(row="registered right")
 def test_compiles_whole(device):
     inputs = make_inputs(BRANCH1_POOL, torch.float32, device)
     compiled = torch.compile(partial(run, "branch1 pool", impl="triton"), fullgraph=True, backend="aot_eager")

@@ -41,6 +41,7 @@ TRITON = partial(run, temporal_conv3d, impl="triton")
 REFERENCE = partial(run, temporal_conv3d_reference)
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device):
     assert_matches_reference(TRITON, REFERENCE, make_inputs(shape, dtype, device, epilogue=False, grad=True))
@@ -53,12 +54,14 @@ def test_epilogue_matches_reference(shape, relu, dtype, device):
     assert_matches_reference(partial(TRITON, relu=relu), partial(REFERENCE, relu=relu), inputs)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_memory_layout(layout, dtype, device):
     x, *rest = make_inputs((2, 2, 17, 20, 3, 4, 3, 5), dtype, device)
     assert_matches_reference(TRITON, REFERENCE, [LAYOUTS[layout](x), *rest])
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # the interpreter's, of numpy
 def test_nan_and_infinity_stay_where_they_belong(dtype, device):
     x, weight, *rest = make_inputs((1, 2, 16, 20, 3, 5, 3, 3), dtype, device)
@@ -98,6 +101,7 @@ def test_branches_have_their_own_weights(device):
     assert temporal_conv3d(x, weight, impl="triton").flatten().tolist() == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.promise(row="repeatable")
 def test_repeats_bit_for_bit(dtype, device):
     inputs = make_inputs((2, 2, 33, 20, 3, 4, 5, 3), dtype, device, grad=True)
     runs = [torch.autograd.grad(TRITON(*inputs).square().sum(), inputs) for _ in range(3)]
@@ -105,6 +109,7 @@ def test_repeats_bit_for_bit(dtype, device):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run_again, strict=True))
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(device):
     x, weight, scale, shift, residual = make_inputs((1, 2, 16, 20, 3, 3, 2, 2), torch.float32, device)
     ops = torch.ops.sdr_kernels
@@ -113,6 +118,7 @@ def test_registration(device):
     torch.library.opcheck(ops.temporal_conv3d_dweight, (x, residual, 3, "triton"))
 
 
+@pytest.mark.promise(row="registered right")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch does to trace it
 def test_compiles_whole(device):
     inputs = make_inputs((1, 2, 16, 20, 3, 3, 2, 2), torch.float32, device, grad=True)

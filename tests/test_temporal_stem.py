@@ -59,6 +59,7 @@ def assert_right(inputs, impl):
     )
 
 
+@pytest.mark.promise(row="accurate")
 @each_input
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, uint8, dtype, impl, device):
@@ -88,6 +89,7 @@ def sliced(x):
     return wide[(slice(1, None, 2),) * x.ndim].copy_(x)
 
 
+@pytest.mark.promise(row="odd inputs")
 @each_input
 @each_clip
 @pytest.mark.parametrize("layout", [channels_innermost, width_outermost, misaligned, sliced])
@@ -96,6 +98,7 @@ def test_any_layout_of_clips(layout, per_branch, uint8, impl, device):
     assert_right([layout(x), *weights], impl)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", [width_outermost, misaligned, sliced])
 def test_any_layout_of_weights(layout, impl, device):
     x, *weights = make_inputs((*SMALL, False), torch.float32, device)
@@ -160,6 +163,7 @@ def test_small_weights_of_uint8_stay_right_in_half_precision(impl, device):
     assert_right([x, weight / 2048, scale * 2048, shift], impl)
 
 
+@pytest.mark.promise(row="odd inputs")
 # of NumPy in Triton's interpreter, where Inf meets a weight of 0
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -185,6 +189,7 @@ def test_channels_are_innermost(impl, device):
     assert out.movedim(2, -1).is_contiguous()
 
 
+@pytest.mark.promise(row="registered right")
 @each_input
 @each_clip
 def test_registration(per_branch, uint8, impl, device):
@@ -193,6 +198,7 @@ def test_registration(per_branch, uint8, impl, device):
     torch.library.opcheck(torch.ops.sdr_kernels.temporal_stem_fwd.default, (*inputs, *statistics, impl))
 
 
+@pytest.mark.promise(row="registered right")
 def test_compiles_whole(impl, device):
     inputs = make_inputs((*SMALL, False), torch.float32, device, uint8=True)
     run = partial(temporal_stem, normalise=IMAGENET, impl=impl)

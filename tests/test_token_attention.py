@@ -36,6 +36,7 @@ def assert_right(qkv, num_heads):
     assert_matches_reference(partial(token_attention, impl="triton"), token_attention_reference, [qkv, num_heads])
 
 
+@pytest.mark.promise(row="accurate")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, dtype, device):
     assert_right(make_qkv(shape, dtype, device), shape[2])
@@ -53,6 +54,7 @@ def sliced(x):
     return view.copy_(x)
 
 
+@pytest.mark.promise(row="odd inputs")
 @pytest.mark.parametrize("layout", [misaligned, sliced, lambda x: x.mT.contiguous().mT])
 def test_any_layout(layout, dtype, device):
     assert_right(layout(make_qkv((2, 9, 2, 24), dtype, device)), 2)
@@ -100,6 +102,7 @@ def test_large_scores(shift, dtype, device):
     assert_right(qkv, 1)
 
 
+@pytest.mark.promise(row="odd inputs")
 @QUIET
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["query", "key", "value"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -132,11 +135,13 @@ def test_gradients_come_from_the_reference_alone(device):
         torch.testing.assert_close(token_attention(qkv, 1, impl="triton"), token_attention_reference(qkv, 1))
 
 
+@pytest.mark.promise(row="registered right")
 def test_registration(dtype, device):
     qkv = make_qkv((2, 7, 2, 20), dtype, device)
     torch.library.opcheck(torch.ops.sdr_kernels.token_attention_fwd.default, (qkv, 2, "triton"))
 
 
+@pytest.mark.promise(row="registered right")
 def test_compiles_whole(device):
     qkv = make_qkv((2, 7, 2, 20), torch.float32, device)
     function = partial(token_attention, num_heads=2, impl="triton")

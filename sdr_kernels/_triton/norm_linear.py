@@ -28,12 +28,16 @@ def load_rows(x_tile, start, k, row_mask, K: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
-def row_statistics(x_tile, k, row_mask, eps, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Mean and 1 / standard deviation of these rows, [M] each: the mean first, then squares about it."""
+def row_statistics(x_tile, first, k, row_mask, eps, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and 1 / standard deviation of these rows, [M] each: the mean first, then squares about it.
+
+    first: a value of each row, [M] float32; summed are differences to it, of which a constant row has none.
+    """
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
-        total += load_rows(x_tile, start, k, row_mask, K, BLOCK_K).to(tl.float32)
-    mean = tl.sum(total, 1) / K
+        x = load_rows(x_tile, start, k, row_mask, K, BLOCK_K).to(tl.float32)
+        total += tl.where((start + k < K)[None, :], x - first[:, None], 0.0)
+    mean = first + tl.sum(total, 1) / K
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_rows(x_tile, start, k, row_mask, K, BLOCK_K).to(tl.float32)
@@ -64,7 +68,8 @@ def _norm_linear_fwd_kernel(
     x_tile = x_ptr + (rows[:, None] * x_stride + k[None, :])
     w_tile = w_ptr + (columns[None, :] * K + k[:, None])
     if gamma_ptr is not None:
-        mean, rstd = row_statistics(x_tile, k, row_mask, eps, K, BLOCK_M, BLOCK_K)
+        first = tl.load(x_ptr + rows * x_stride, mask=row_mask, other=0.0).to(tl.float32)
+        mean, rstd = row_statistics(x_tile, first, k, row_mask, eps, K, BLOCK_M, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_rows(x_tile, start, k, row_mask, K, BLOCK_K)

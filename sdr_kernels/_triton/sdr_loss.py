@@ -60,7 +60,7 @@ def contrastive(
     total = tl.where(weight == 0, 1.0, total)
     nearness = tl.sum(tl.where(same, logits - largest[:, None], 0.0), 1)
     anchors = at_least_one(tl.sum(anchor.to(tl.float32), 0))
-    loss = tl.sum(tl.log(total) * weight - nearness * each, 0) / anchors
+    loss = tl.sum(tl.where(weight == 0, 0.0, tl.log(total) * weight - nearness * each), 0) / anchors
     pull = exponentials * (weight / total)[:, None] - tl.where(same, each[:, None], 0.0)
     pull = tl.where(apart, pull + tl.trans(pull), 0.0) * length[None, :] / (anchors * temperature)
     pull = rounded(pull, dtype)
@@ -94,11 +94,11 @@ def binary_cross_entropy(logits_ptr, clips, label, B, dlogits_ptr):
     target = label.to(tl.float32)
     sigmoid = tl.where(z < 0, shrunk, 1.0) / (1.0 + shrunk)
     tl.store(dlogits_ptr + clips, (sigmoid - target) / B, mask=mask)
-    positive = tl.where(z < 0, 0.0, z)  # keeps NaN
+    negative = tl.where(z > 0, 0.0, -z)  # keeps NaN
     rounded_sum = 1.0 + shrunk
     # log1p: the sum's rounding divided out again (Kahan)
     log = tl.where(rounded_sum == 1.0, shrunk, tl.log(rounded_sum) * (shrunk / (rounded_sum - 1.0)))
-    return tl.sum(tl.where(mask, positive - z * target + log, 0.0), 0) / B
+    return tl.sum(tl.where(mask, (1.0 - target) * z + negative + log, 0.0), 0) / B
 
 
 @triton.jit(do_not_specialize=["B", "V", "W"])
