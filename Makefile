@@ -50,7 +50,7 @@ soak: $(VENV)/installed
 
 # mistakes planted in copies of this tree, each of which a test must catch; FAULTS='word ...' chooses
 faults: $(VENV)/installed
-	$(BIN)/python tests/planted_faults.py --out tests/results/planted_faults.json $(FAULTS)
+	$(BIN)/python tests/plant_faults.py --out tests/results/planted_faults.json $(FAULTS)
 
 audit: $(VENV)/installed
 	$(BIN)/python .ci/audit

@@ -226,8 +226,8 @@ __device__ float cross_entropy(const float* logits, int64_t label, float* dlogit
 __device__ float binary_cross_entropy(float z, float label, float* dlogit, float scale) {
   const float sigmoid = 1 / (1 + expf(-z));
   *dlogit = scale * (sigmoid - label);
-  const float positive = z < 0 ? 0 : z;  // keeps NaN
-  return scale * (positive - z * label + log1pf(expf(-fabsf(z))));
+  const float negative = z > 0 ? 0 : -z;  // keeps NaN
+  return scale * ((1 - label) * z + negative + log1pf(expf(-fabsf(z))));
 }
 
 }  // namespace

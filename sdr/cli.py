@@ -1,7 +1,7 @@
 """The command line: sdr score | synth | prepare | train | evaluate | reproduce | study | profile | convert.
 
 Exit codes: 0 all done; 1 some videos were not scored or prepared, or a check found something; 2 the command could not
-be done: bad usage, or a file or setting that it cannot do without is unusable; 130 interrupted.
+be done: bad usage, or a file or setting that it cannot do without is unusable; 130 interrupted, 143 ended by SIGTERM.
 """
 
 import sys
@@ -41,7 +41,7 @@ def build_parser(argv: Sequence[str] = ()):
     score = ArgumentParser(description="Score videos; writes scores.jsonl, scores.csv and report.html.")
     score.add_argument("paths", nargs="+", help="video files, or folders that are searched for them")
     score.add_argument("--weights", type=str | None, help="safetensors; default: the demonstration weights")
-    score.add_argument("--out", type=str, default="sdr_scores", help="folder; results of an earlier run are replaced")
+    score.add_argument("--out", type=str, default="sdr_scores", help="folder; the same command goes on there")
     score.add_argument("--truth", type=str | None, help="CSV path,label[,split] of known labels: adds AUC and accuracy")
     score.add_argument("--split", type=str | None, help="with --truth: score only the videos of this split")
     score.add_class_arguments(ScoreConfig)

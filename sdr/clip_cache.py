@@ -153,12 +153,16 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> dict[st
     names, types = list(columns or COLUMNS), arrow_types()
     texts = [name for name in names if types[name] == pyarrow.string()]
     try:
-        metadata = parquet.read_metadata(path)
+        with open(path, "rb") as opened:  # PyArrow takes no name that is not UTF-8
+            metadata = parquet.read_metadata(opened)
         check_sizes(path, metadata)
         found = {field.name: field.type for field in metadata.schema.to_arrow_schema()}
         check_types(path, {name: types[name] for name in names}, found)
         # a text that stands in many rows stays one: without that, a small file could fill the memory
-        with parquet.ParquetFile(path, read_dictionary=texts, page_checksum_verification=True) as file:
+        with (
+            open(path, "rb") as opened,
+            parquet.ParquetFile(opened, read_dictionary=texts, page_checksum_verification=True) as file,
+        ):
             table = file.read(columns=names)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise SDRError(path, f"cannot be read: {escape((str(error).splitlines() or ['damaged'])[0][:200])}") from error

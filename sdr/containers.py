@@ -79,8 +79,10 @@ MAX_CHUNKS = 20_000  # top-level boxes that are walked; two in each fragment
 
 
 def _last_box_end(fd: int) -> int:
-    end = 0
+    end, size_of_file = 0, os.fstat(fd).st_size
     for _ in range(MAX_CHUNKS):
+        if end >= size_of_file:  # a length of 64 bits may lead beyond what any file can have
+            break
         head = os.pread(fd, 16, end)
         size = int.from_bytes(head[:4])
         if size == 1:

@@ -86,7 +86,10 @@ class Job:
     def source(self, record: Record) -> str:
         """A digest of what the clips are cut from: the record, and the file's size. Another one means other clips."""
         parts = (record.label, record.identity, record.mask and record.mask.name, [f.name for f in record.frames])
-        size = os.path.getsize(record.path) if os.path.isfile(record.path) else 0
+        try:
+            size = os.path.getsize(record.path) if os.path.isfile(record.path) else 0
+        except OSError:  # it vanished in between
+            size = 0
         return hashlib.sha256(json.dumps([self.name(record), *parts, size]).encode()).hexdigest()
 
     def shard(self, record: Record) -> str:

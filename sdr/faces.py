@@ -296,11 +296,15 @@ def detect_faces(
     return found
 
 
-def default_cache() -> Path:
-    """The user's own folder for detections."""
+def default_cache() -> Path | None:
+    """The user's own folder for detections; None, and a warning in the log, for a user who has no home folder."""
     from platformdirs import user_cache_path
 
-    return user_cache_path("sdr")
+    try:
+        return user_cache_path("sdr")
+    except RuntimeError:  # HOME is unset and the system does not know the user
+        logger.warning("there is no home folder, detections are not kept (--cache names a folder)")
+        return None
 
 
 def _cache_key(video: Video, detector: Detector) -> str:
@@ -354,7 +358,7 @@ def _recall(entry: Path) -> Detections | None:
     except (SafetensorError, KeyError, ValueError, TypeError):
         tensors, stored = {}, None
     if stored is None or not np.array_equal(stored, _digest(tensors)):
-        logger.info("cache entry %s is damaged, faces are detected again", escape(entry))
+        logger.warning("cache entry %s is damaged, faces are detected again", escape(entry))
         return None
     ends = np.cumsum(tensors["counts"])
     parts = (np.split(tensors[name], ends)[:-1] for name in ("boxes", "points", "scores"))  # nothing after the last

@@ -150,7 +150,7 @@ def known_reason(verdict: Path, source: str) -> str:
     try:
         found = json.loads(verdict.read_bytes())
         return found["reason"] if found["source"] == source else ""
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

@@ -6,7 +6,7 @@ import base64
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 JPEG_QUALITY = 82
 REDUCTIONS = {"mean": "mean over all clips", "max": "highest face (mean over its clips)"}
+STATES = ("fake", "real", "inconclusive")
 FILTER_FROM = 8  # videos; fewer fit on a screen, a filter would be in the way
 
 
@@ -73,13 +74,22 @@ class Budget:
     frame_size: int
 
 
+BUDGETS = {  # by the number of videos up to which they hold
+    50: Budget(segments=1000, faces=4, thumbnails=9, thumbnail_size=96, frames=16, frame_size=96),
+    300: Budget(segments=250, faces=2, thumbnails=5, thumbnail_size=72, frames=8, frame_size=88),
+    math.inf: Budget(segments=100, faces=1, thumbnails=2, thumbnail_size=56, frames=4, frame_size=64),
+}
+
+
 def plan_budget(videos: int) -> Budget:
     """Less per video the more videos there are: 300 videos stay below 25 MB, 1,000 too."""
-    if videos <= 50:
-        return Budget(segments=1000, faces=4, thumbnails=9, thumbnail_size=96, frames=16, frame_size=96)
-    if videos <= 300:
-        return Budget(segments=250, faces=2, thumbnails=5, thumbnail_size=72, frames=8, frame_size=88)
-    return Budget(segments=100, faces=1, thumbnails=2, thumbnail_size=56, frames=4, frame_size=64)
+    return next(budget for most, budget in BUDGETS.items() if videos <= most)
+
+
+def pictured(result: VideoScore) -> list[int]:
+    """Indices of the clips whose thumbnail a report can show, however many videos it has."""
+    shown = {id(clip) for budget in BUDGETS.values() for _, clips in _shown_clips(result, budget) for clip in clips}
+    return [i for i, clip in enumerate(result.clips) if id(clip) in shown]
 
 
 def render_report(results: Sequence[VideoScore], run: RunInfo) -> str:
@@ -87,28 +97,40 @@ def render_report(results: Sequence[VideoScore], run: RunInfo) -> str:
 
     File names and all other text are escaped; the page forbids itself every network request.
 
+    Args:
+        results: each is asked for once, in order, so that a sequence which reads them needs memory for one alone.
+        run: what they share.
+
     Raises:
         ValueError: a score or the threshold is outside [0, 1], a state is none of the three, an inconclusive video
             has a score or another has none, or ``run.reduce`` is unknown.
     """
-    _check(results, run)
+    _check_run(run)
     budget = plan_budget(len(results))
-    names = short_names([result.path for result in results])
-    videos = [_video(i, result, name, run, budget) for i, (result, name) in enumerate(zip(results, names, strict=True))]
+    paths, videos, plots = [], [], []
+    for index, result in enumerate(results):
+        _check(result)
+        paths.append(result.path)
+        videos.append(_video(index, result, run, budget))
+        plots.append(_plot_data(result, run, budget))
+    for video, plot, name in zip(videos, plots, short_names(paths), strict=True):
+        cut = name.rfind("/") + 1
+        video |= {"name": name, "folder": name[:cut], "file": name[cut:]}
+        plot["name"] = name
     return render_page(
         "report.html",
         run=_run(run),
         version=escape(run.version),
         videos=videos,
-        counts={state: sum(r.state == state for r in results) for state in ("fake", "real", "inconclusive")},
-        judged=sum(r.truth is not None and r.score is not None for r in results),
-        truth_known=any(r.truth is not None for r in results),
-        show_filter=len(results) > FILTER_FROM,
+        counts={state: sum(v["state"] == state for v in videos) for state in STATES},
+        judged=sum(v["truth"] is not None and v["score"] is not None for v in videos),
+        truth_known=any(v["truth"] is not None for v in videos),
+        show_filter=len(videos) > FILTER_FROM,
         reduced_images=budget != plan_budget(1),
         data={
             "threshold": run.threshold,
             "threshold_text": format_threshold(run.threshold),
-            "videos": [_plot_data(v, r, budget) for v, r in zip(videos, results, strict=True)],
+            "videos": plots,
         },
     )
 
@@ -168,18 +190,22 @@ def frame_numbers(clip: ClipScore, num_frames: int) -> np.ndarray:
     return clip.first_frame + np.minimum(position, 2 * last - position)
 
 
-def _check(results: Sequence[VideoScore], run: RunInfo) -> None:
-    scores = [(r.path, s) for r in results for s in (r.score, *(c.score for c in r.clips)) if s is not None]
-    for path, score in [("run.threshold", run.threshold), *scores]:
-        if not 0 <= score <= 1:
-            raise ValueError(f"{escape(path)}: a score or threshold must lie in [0, 1], got {score}")
-    for result in results:
-        if result.state not in ("real", "fake", "inconclusive"):
-            raise ValueError(f"{escape(result.path)}: state must be real, fake or inconclusive, got {result.state!r}")
-        if (result.score is None) != (result.state == "inconclusive"):
-            raise ValueError(f"{escape(result.path)}: inconclusive means no score, got {result.state}, {result.score}")
+def _check_run(run: RunInfo) -> None:
+    if not 0 <= run.threshold <= 1:
+        raise ValueError(f"run.threshold must lie in [0, 1], got {run.threshold}")
     if run.reduce not in REDUCTIONS:
         raise ValueError(f"run.reduce must be one of {sorted(REDUCTIONS)}, got {run.reduce!r}")
+
+
+def _check(result: VideoScore) -> None:
+    path = escape(result.path)
+    for score in (result.score, *(clip.score for clip in result.clips)):
+        if score is not None and not 0 <= score <= 1:
+            raise ValueError(f"{path}: a score must lie in [0, 1], got {score}")
+    if result.state not in STATES:
+        raise ValueError(f"{path}: state must be real, fake or inconclusive, got {result.state!r}")
+    if (result.score is None) != (result.state == "inconclusive"):
+        raise ValueError(f"{path}: inconclusive means no score, got {result.state}, {result.score}")
 
 
 def _run(run: RunInfo) -> dict[str, Any]:
@@ -199,19 +225,16 @@ def _run(run: RunInfo) -> dict[str, Any]:
     }
 
 
-def _video(index: int, result: VideoScore, name: str, run: RunInfo, budget: Budget) -> dict[str, Any]:
-    """Everything the template says about one video."""
+def _video(index: int, result: VideoScore, run: RunInfo, budget: Budget) -> dict[str, Any]:
+    """Everything the template says about one video, but for its name among the others."""
     top = top_clip_of(result)
     agrees = result.truth is not None and result.score is not None
     return {
         "index": index,
-        "name": name,
-        "folder": name[: name.rfind("/") + 1],
-        "file": name[name.rfind("/") + 1 :],
         "path": escape(result.path),
         "state": result.state,
         "score": result.score,
-        "score_text": "" if result.score is None else format_score(result.score, run.threshold),
+        "score_text": _score_text(result, run),
         "reason": escape(result.reason),
         "top": "" if top is None else f"highest clip {format_score(top.score, run.threshold)}, {_span(top)}",
         "explanation": explain(result, run),
@@ -220,7 +243,7 @@ def _video(index: int, result: VideoScore, name: str, run: RunInfo, budget: Budg
         "scored_faces": len({clip.track for clip in result.clips}),
         "seconds": result.seconds,
         "duration": result.duration,
-        "truth": None if result.truth is None else ("real", "fake")[result.truth],
+        "truth": _truth(result),
         "agrees": agrees and (result.state == "fake") == (result.truth == 1),
         "differs": agrees and (result.state == "fake") != (result.truth == 1),
         "clips_drawn": len(_thin(result.clips, budget.segments)),
@@ -228,6 +251,14 @@ def _video(index: int, result: VideoScore, name: str, run: RunInfo, budget: Budg
         "film": _film(result, budget),
         "top_span": "" if top is None else _span(top),
     }
+
+
+def _score_text(result: VideoScore, run: RunInfo) -> str:
+    return "" if result.score is None else format_score(result.score, run.threshold)
+
+
+def _truth(result: VideoScore) -> str | None:
+    return None if result.truth is None else ("real", "fake")[result.truth]
 
 
 def _reduction(result: VideoScore, reduce: str) -> str:
@@ -264,18 +295,17 @@ def _thin(clips: Sequence[ClipScore], most: int) -> list[ClipScore]:
     return [clips[i] for i in sorted(keep)]
 
 
-def _plot_data(video: dict[str, Any], result: VideoScore, budget: Budget) -> dict[str, Any]:
+def _plot_data(result: VideoScore, run: RunInfo, budget: Budget) -> dict[str, Any]:
     """What the page's script draws: columns per face, rounded to a tenth of a millisecond and 1e-4."""
     tracks: dict[int, list[ClipScore]] = {}
     for clip in _thin(result.clips, budget.segments):
         tracks.setdefault(clip.track, []).append(clip)
     top = top_clip_of(result)
     return {
-        "name": video["name"],
-        "state": video["state"],
-        "score": video["score"],
-        "text": video["score_text"],
-        "truth": video["truth"],
+        "state": result.state,
+        "score": result.score,
+        "text": _score_text(result, run),
+        "truth": _truth(result),
         "axis": _axis(result),
         "top": None if top is None else [round(top.start, 4), round(top.end, 4)],
         "faces": [
@@ -293,13 +323,11 @@ def _plot_data(video: dict[str, Any], result: VideoScore, budget: Budget) -> dic
 
 
 def _face_rows(result: VideoScore, run: RunInfo, budget: Budget) -> list[dict[str, Any]]:
-    """Thumbnails along the time axis, one row per face; the faces with the highest clips when there are many."""
+    """Thumbnails along the time axis, one row per face."""
     begin, end = _axis(result)
     tracks = sorted({clip.track for clip in result.clips})
-    ranked = sorted(tracks, key=lambda t: -max(clip.score for clip in result.clips if clip.track == t))
     rows = []
-    for track in sorted(ranked[: budget.faces]):
-        clips = _spread([clip for clip in result.clips if clip.track == track], (end - begin) / budget.thumbnails)
+    for track, clips in _shown_clips(result, budget):
         pictures = [
             {
                 "image": data_uri(clip.thumbnail, budget.thumbnail_size),
@@ -311,6 +339,17 @@ def _face_rows(result: VideoScore, run: RunInfo, budget: Budget) -> list[dict[st
         ]
         rows.append({"face": track + 1, "colour": tracks.index(track), "pictures": pictures})
     return rows
+
+
+def _shown_clips(result: VideoScore, budget: Budget) -> Iterator[tuple[int, list[ClipScore]]]:
+    """The faces that have a row, those with the highest clips when there are many; and the clips in it."""
+    begin, end = _axis(result)
+    tracks: dict[int, list[ClipScore]] = {}
+    for clip in result.clips:
+        tracks.setdefault(clip.track, []).append(clip)
+    ranked = sorted(sorted(tracks), key=lambda track: -max(clip.score for clip in tracks[track]))
+    for track in sorted(ranked[: budget.faces]):
+        yield track, _spread(tracks[track], (end - begin) / budget.thumbnails)
 
 
 def _spread(clips: Sequence[ClipScore], gap: float) -> list[ClipScore]:

@@ -25,6 +25,7 @@ from sdr.model import SDRModel
 from sdr.tpa import augment
 from sdr.video import open_video
 
+DECODER_FAULT = "decoder process "  # begins what sdr.decoding says of a worker that ended without a word
 THUMBNAIL = 96  # pixels; small enough to keep every clip of a long run
 Progress = Callable[[str, float], None]  # what is being done, share of the video done in 0..1
 
@@ -69,7 +70,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class ClipScore:
-    """One scored clip: times in seconds, ``thumbnail`` its middle frame, [S, S, 3] uint8."""
+    """One scored clip: times in seconds, ``thumbnail`` its middle frame, [S, S, 3] uint8, or None: not kept."""
 
     track: int
     start: float
@@ -77,7 +78,7 @@ class ClipScore:
     first_frame: int
     last_frame: int
     score: float
-    thumbnail: np.ndarray
+    thumbnail: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class VideoScore:
         top_clip: frames of the highest clip, [T, S, S, 3] uint8.
         truth: known label, where the user gave one.
         decoder: which one read the file, pyav or dali; empty where none could open it.
+        again: the reason is the machine's and not the file's, so that another attempt may give a score.
     """
 
     path: str
@@ -109,6 +111,7 @@ class VideoScore:
     top_clip: np.ndarray | None = None
     truth: int | None = None
     decoder: str = ""
+    again: bool = False
 
     @property
     def label(self) -> int | None:
@@ -146,14 +149,12 @@ class Scorer:
         try:
             self._score(path, fields, progress or (lambda what, share: None))
         except SDRError as error:
-            fields |= {"score": None, "state": "inconclusive", "reason": error.reason}
-        except (
-            OSError,
-            RuntimeError,
-            MemoryError,
-        ) as error:  # of the machine or a library
+            # a decoder that ends for no reason of its own may have been killed, or not been able to start
+            again = isinstance(error.__context__, OSError) or error.what.startswith(DECODER_FAULT)
+            fields |= {"score": None, "state": "inconclusive", "reason": error.reason, "again": again}
+        except (OSError, RuntimeError, MemoryError) as error:  # of the machine or a library
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
-            fields |= {"score": None, "state": "inconclusive", "reason": escape(cause)}
+            fields |= {"score": None, "state": "inconclusive", "reason": escape(cause), "again": True}
         return VideoScore(**fields, seconds=time.perf_counter() - began)
 
     def _score(self, path: str | Path, fields: dict, progress: Progress) -> None:
@@ -183,10 +184,8 @@ class Scorer:
             clips, top = self._score_clips(
                 cut, plans, found.times, progress=lambda n: progress("clips", 0.6 + 0.4 * n / len(plans))
             )
-        score = reduce_scores(clips, config.reduce)
+        fields |= judge(clips, config)
         fields |= {
-            "score": score,
-            "state": "fake" if score >= config.threshold else "real",
             "reason": f"damaged: {found.damage}" if found.damage else "",
             "clips": clips,
             "faces": len(tracks),
@@ -236,6 +235,12 @@ class Scorer:
         if not scores.isfinite().all():
             raise SDRError("weights", "the model gives no finite score for this clip")
         return scores.tolist()
+
+
+def judge(clips: Sequence[ClipScore], config: ScoreConfig) -> dict[str, float | str]:
+    """Score and state of a video with these clips."""
+    score = reduce_scores(clips, config.reduce)
+    return {"score": score, "state": "fake" if score >= config.threshold else "real"}
 
 
 def reduce_scores(clips: Sequence[ClipScore], reduce: str) -> float:

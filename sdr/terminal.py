@@ -72,7 +72,7 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def pick_cache(options) -> Path:
+def pick_cache(options) -> Path | None:
     from sdr.faces import default_cache
 
     return Path(options.cache) if options.cache else default_cache()

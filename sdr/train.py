@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sdr.checkpoint import WeightsInfo, check_file, save_weights
+from sdr.checkpoint import WeightsInfo, check_file, save_weights, say
 from sdr.checkpoints import Checkpoints
 from sdr.clip_cache import ClipCache
 from sdr.datasets import read_json
@@ -33,7 +33,7 @@ from sdr.evaluate import (
     video_metrics,
     video_scores,
 )
-from sdr.files import claim_folder, file_digest, make_folder, sole_writer, write_atomic
+from sdr.files import claim_folder, file_digest, is_temporary, make_folder, remove, sole_writer, write_atomic
 from sdr.grouped import why_not_impl
 from sdr.loading import Batch, TrainingLoader
 from sdr.run_log import RunLog
@@ -153,6 +153,8 @@ def claimed(
             kept = read_json(out / STAMP)
             settings |= {name: kept.get(name) for name in ("device", "processes")}
         claim_folder(out, STAMP, settings, command="sdr train", report=CONFIG)
+        for path in filter(is_temporary, list(out.iterdir())):  # which a kill has left
+            remove(path)
         if done is None:
             write_atomic(out / CONFIG, json.dumps({**(command or {}), **to_json(config)}, indent=2) + "\n")
         yield done
@@ -403,12 +405,13 @@ class Run:
         if step is None:
             return
         tensors, values = found or self.checkpoints.load_step(step)
-        self.loader.load_state_dict(values["loader"])
-        self.trainer.load_state(tensors, values)
-        self.step, self.validated = values["step"], values["validated"]
-        self.bad, self.skipped = values["bad"], values["skipped"]
-        self.best_metrics, self.best_scores = values["best_metrics"], tensors["best_scores"]
-        self.best = part_of(tensors, "best")
+        try:
+            self._take_state(tensors, values)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            what = f"holds a state that does not fit this run: {say(error)}"
+            raise SDRError(self.checkpoints.folder, what, "remove the folder to start anew") from error
         if self.main:
             logger.info("going on after update %d of %d", self.step, self.steps)
             if values["versions"] != versions():
@@ -417,6 +420,14 @@ class Run:
                     f"{name} was {before.get(name)}, now {now[name]}" for name in now if before.get(name) != now[name]
                 ]
                 logger.warning("the run began with other software, its numbers may differ: %s", "; ".join(others))
+
+    def _take_state(self, tensors: Mapping[str, Tensor], values: Mapping) -> None:
+        self.loader.load_state_dict(values["loader"])
+        self.trainer.load_state(tensors, values)
+        self.step, self.validated = values["step"], values["validated"]
+        self.bad, self.skipped = values["bad"], values["skipped"]
+        self.best_metrics, self.best_scores = values["best_metrics"], tensors["best_scores"]
+        self.best = part_of(tensors, "best")
 
     def _finish(self) -> None:
         self._look()

@@ -1,16 +1,16 @@
 """Trains in child processes that are killed, until one comes to its end; run as a script by ``test_train_killed``.
 
-Arguments: cache, folder of the run, signal, number of kills, seed. The children are forks, so that PyTorch is imported
-once. Prints how each one ended: ``-9`` for SIGKILL, or its exit code.
+Arguments: cache, folder of the run, signal, number of kills; SDR_SEED draws their moments. The children are forks, so
+that PyTorch is imported once. Prints how each one ended: ``-9`` for SIGKILL, or its exit code.
 """
 
 import os
-import random
 import signal
 import sys
 import time
 from pathlib import Path
 
+import draws
 import torch
 from train_runs import config
 
@@ -29,15 +29,15 @@ def child(cache: str, out: Path) -> int:
     return 0 if result.finished else EXIT_CODES[stop.signal]
 
 
-def main(cache: str, out: str, name: str, kills: str, seed: str) -> None:
-    rng, number = random.Random(int(seed)), getattr(signal, name)
+def main(cache: str, out: str, name: str, kills: str) -> None:
+    rng, number = draws.draw(f"train {name}", 0), getattr(signal, name)
     left = int(kills)
     while True:
         pid = os.fork()
         if pid == 0:
             os._exit(child(cache, Path(out)))
         if left:
-            time.sleep(rng.uniform(0.05, 1.2))
+            time.sleep(float(rng.uniform(0.05, 1.2)))
             os.kill(pid, number)
             left -= 1
         began = time.monotonic()

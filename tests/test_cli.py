@@ -103,6 +103,7 @@ CAUSES = {
 }
 
 
+@pytest.mark.promise(row="hostile files")
 def test_bad_files_get_one_line_each_and_stop_nothing(tmp_path, score, short_face):
     bad = [make_bad(tmp_path, name, short_face) for name in CAUSES]
     code, rows, printed = score(*bad, short_face)
@@ -217,7 +218,7 @@ def test_bad_usage_is_code_2(arguments, capsys):
         ("score x.mp4 --views tpa --weights ftcn.safetensors", "views must be 'same' for FTCN"),
         ("score x.mp4 --device meta", "--device: must be auto, cpu, cuda or cuda:N, got 'meta'"),
         ("score x.mp4 --split test", "--split: needs --truth"),
-        ("train --data x --out y --loss.ce -1", "ce must not be negative"),
+        ("train --data x --out y --loss.ce -1", "ce must be finite and not negative"),
         ("train --data x --out y --tpa.hue 7", "hue must lie in [0, 0.5]"),
         ("train --data x --out y --batch_size 3", "batch_size must be a multiple of 2"),
         ("train --data x --out y", "x: no such folder (sdr prepare makes a cache)"),
@@ -250,6 +251,7 @@ def test_missing_package_is_named_before_the_work(score, monkeypatch, package):
     assert printed.err == f"sdr score: {package}: not installed (pip install -c constraints.txt -e '.[report]')\n"
 
 
+@pytest.mark.promise(row="no substitution")
 def test_fault_of_the_machine_costs_one_video(tmp_path, score, short_face, monkeypatch):
     class Flaky:
         name, calls = "flaky", 0
@@ -270,6 +272,7 @@ def test_fault_of_the_machine_costs_one_video(tmp_path, score, short_face, monke
     assert rows[1]["state"] in ("real", "fake")
 
 
+@pytest.mark.promise(row="pre-emption")
 def test_interrupted_run_keeps_what_it_has(tmp_path, score, monkeypatch):
     paths = [tmp_path / f"{i}.mp4" for i in range(4)]
     for path in paths:
@@ -320,6 +323,7 @@ def test_device_that_is_not_there(score, short_face):
     assert "--device: 'cuda:7' cannot be used" in printed.err
 
 
+@pytest.mark.promise(row="odd surroundings")
 def test_names_that_could_forge_output(tmp_path, score):
     names = [b"new\nline.mp4", b"\xff\xfe.mp4", b"-x.mp4", b"<script>.mp4"]
     for name in names:
@@ -332,6 +336,7 @@ def test_names_that_could_forge_output(tmp_path, score):
     assert "<script>.mp4" not in Path("sdr_scores/report.html").read_text()
 
 
+@pytest.mark.promise(row="disk full, read-only")
 def test_results_that_cannot_be_written(tmp_path, score, short_face):
     (tmp_path / "taken").write_text("a file")
     code, _, printed = score(short_face, "--out", tmp_path / "taken")

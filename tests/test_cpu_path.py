@@ -17,6 +17,8 @@ from sdr_kernels._ops import DTYPES
 from sdr_kernels.temporal_bottleneck import FoldedConv, temporal_bottleneck_reference
 from sdr_kernels.temporal_stem import temporal_stem_reference
 
+pytestmark = pytest.mark.promise(row="absent parts")
+
 # B, V, C, k, T, H, W, a clip per branch
 STEMS = [
     (1, 1, 4, 1, 1, 2, 2, False),

@@ -692,6 +692,7 @@ def test_cache_file_is_plain_safetensors(tmp_path):
     assert len(content) == 8 + length + max(entry["data_offsets"][1] for entry in header.values())
 
 
+@pytest.mark.promise(row="odd surroundings")
 def test_damaged_entries_are_computed_again(tmp_path):
     truth = detect_faces(some_video(), FakeDetector(), cache=tmp_path)
     (file,) = tmp_path.iterdir()
@@ -711,6 +712,7 @@ def test_damaged_entries_are_computed_again(tmp_path):
     assert passes >= len(broken) - 5  # a flip in the header may hit what means nothing, such as its padding
 
 
+@pytest.mark.promise(row="disk full, read-only")
 def test_unwritable_cache_is_one_warning(tmp_path, caplog):
     blocked = tmp_path / "a file"
     blocked.write_bytes(b"")
@@ -723,6 +725,7 @@ def test_unwritable_cache_is_one_warning(tmp_path, caplog):
     assert "cannot be written" in warnings[0]
 
 
+@pytest.mark.promise(row="odd surroundings")
 def test_two_at_once(tmp_path):
     truth = detect_faces(some_video(), FakeDetector(), cache=None)
 
@@ -755,6 +758,7 @@ def test_real_video_is_cached_by_its_bytes(tmp_path, carphone):
     assert detector.calls == 120
 
 
+@pytest.mark.promise(row="odd surroundings")
 def test_default_cache_is_the_users():
     import platformdirs
 

@@ -134,6 +134,7 @@ def test_kernels_know_nothing_of_the_model(file):
 
 
 @pytest.mark.promise(row="supply")
+@pytest.mark.promise(row="absent parts")
 def test_importing_prints_nothing_and_loads_no_optional_package():
     code = """
 import sys, sdr, sdr.score, sdr.train, sdr.report, sdr.synth, sdr.cli, sdr.fast, sdr.reproduce, sdr.study, sdr.profile

@@ -217,6 +217,7 @@ def test_an_older_driver_is_named(driver, architectures, problem, build):
     assert loader.why_not_cuda(GPU.device) == problem
 
 
+@pytest.mark.promise(row="absent parts")
 def test_why_not_cuda(build, monkeypatch):
     assert loader.why_not_cuda(torch.device("cpu")) == "it needs CUDA tensors, got cpu"
     capability = (9, 0)
@@ -234,6 +235,7 @@ def test_why_not_cuda(build, monkeypatch):
     assert loader.why_not_cuda(GPU.device) == ""
 
 
+@pytest.mark.promise(row="absent parts")
 def test_auto_takes_the_first_that_runs(problems):
     def chosen(**options):
         return _ops.select_impl("auto", GPU, **({"op": "temporal_conv3d"} | options))
@@ -249,6 +251,7 @@ def test_auto_takes_the_first_that_runs(problems):
     assert chosen() == "reference"
 
 
+@pytest.mark.promise(row="absent parts")
 def test_auto_says_once_why_it_takes_the_reference(problems, caplog):
     _ops._reference_instead.cache_clear()
     reasons = "x must not be float64", "joint_logits must have at most 16 classes, got 17"
@@ -262,6 +265,7 @@ def test_auto_says_once_why_it_takes_the_reference(problems, caplog):
     assert caplog.messages[2:] == ["impl='auto' takes the reference on cuda:0: too wide; float32"]
 
 
+@pytest.mark.promise(row="absent parts")
 def test_auto_says_so_in_a_trace_too(problems, caplog):
     _ops._reference_instead.cache_clear()
 
@@ -273,6 +277,7 @@ def test_auto_says_so_in_a_trace_too(problems, caplog):
     assert "impl='auto' takes the reference on cuda:0: x must not be float64" in caplog.messages
 
 
+@pytest.mark.promise(row="absent parts")
 def test_the_log_says_once_what_cannot_run(monkeypatch, caplog):
     monkeypatch.setattr(_ops, "_triton_problem", lambda device: "triton is not installed")
     _ops._why_not.cache_clear()

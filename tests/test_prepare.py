@@ -4,7 +4,6 @@ import csv
 import fcntl
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -13,9 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import draws
 import numpy as np
 import pytest
 import video_files
+from forked import Commands, commands
 
 from sdr import SDRError
 from sdr.cache_check import check_cache
@@ -93,12 +94,6 @@ def start(*command: str, **options) -> subprocess.Popen:
     )
 
 
-def complete(process: subprocess.Popen) -> None:
-    """Wait for its end, which must be a good one."""
-    _, printed = process.communicate()
-    assert process.returncode == 0, printed
-
-
 def children(pid: int) -> list[int]:
     """All descendants of a process."""
     found = []
@@ -115,25 +110,32 @@ def gone(pid: int) -> bool:
         return True
 
 
+@pytest.fixture(scope="module")
+def sdr(tmp_path_factory) -> Commands:
+    with commands(tmp_path_factory.mktemp("commands")) as started:
+        yield started
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, layout):
+@pytest.mark.promise(row="kill -9")
+@pytest.mark.promise(row="atomic")
+@pytest.mark.parametrize(("layout", "name"), list(zip(LAYOUTS, ["SIGKILL", "SIGTERM"] * 2, strict=True)))
+def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, sdr, layout, name):
     root = make_dataset(tmp_path / "data", layout)
-    whole, began = tmp_path / "whole", time.monotonic()
+    whole = tmp_path / "whole"
     command = arguments(root, whole, "--cache", tmp_path / "detections", layout=layout)
-    complete(start(*command))
-    seconds = time.monotonic() - began
+    seconds = finish(sdr, command)
     assert len(read_manifest(whole)["video"]) >= 16
 
-    out, chance = tmp_path / "killed", random.Random(layout)
+    out, chance = tmp_path / "killed", draws.draw(f"prepare {layout} {name}", 0)
     command = arguments(root, out, "--cache", tmp_path / "none", layout=layout)
     shards: set[str] = set()
     for _ in range(3):
-        process = start(*command)
-        time.sleep(chance.uniform(0.1, 0.9) * seconds)
-        family = children(process.pid)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        child = sdr.start(*command, prepare=[("fork_workers",)])
+        time.sleep(float(chance.uniform(0.1, 0.9)) * seconds)
+        family = children(child.pid)
+        child.kill(getattr(signal, name))
+        assert child.wait().code in (-getattr(signal, name), 0)
         deadline = time.monotonic() + 20
         while not all(map(gone, family)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -142,10 +144,17 @@ def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, layout)
         assert now >= shards, "a finished shard was lost"
         shards = now
     stamps = {name: (out / name).stat().st_mtime_ns for name in shards}
-    complete(start(*command))
+    finish(sdr, command)
     assert {name: (out / name).stat().st_mtime_ns for name in shards} == stamps, "a finished shard was written again"
-    assert files(out) == files(whole)
+    assert files(out) == files(whole), draws.replay(f"tests/test_prepare.py -k 'killed_at_random and {layout}'", 0)
     assert main(["prepare", "--check", str(out)]) == 0
+
+
+def finish(sdr: Commands, command: list[str]) -> float:
+    """Run it to its end, which must be a good one; the seconds that it took."""
+    ended = sdr.run(*command, prepare=[("fork_workers",)])
+    assert ended.code == 0, ended.lines
+    return ended.seconds
 
 
 def test_again_changes_nothing(dataset, detections, cache):
@@ -382,6 +391,7 @@ def videos(tmp_path, dataset) -> Path:
     return tmp_path / "list.csv"
 
 
+@pytest.mark.promise(row="no substitution")
 def test_bad_videos_are_reported_and_nothing_else_is_lost(videos, detections, tmp_path, capsys):
     count = len(videos.read_text().splitlines()) - 1
     (tmp_path / "broken.mp4").write_bytes(b"\0" * 5000)
@@ -482,6 +492,7 @@ def test_another_dataset_or_setting_does_not_touch_a_cache(dataset, cache, tmp_p
     assert files(tmp_path / "other") == {"thesis.txt": b"precious"}
 
 
+@pytest.mark.promise(row="kill -9")
 def test_a_kill_before_the_settings_were_written(dataset, detections, tmp_path, finished):
     out = tmp_path / "cache"
     out.mkdir()
@@ -497,6 +508,7 @@ def test_a_kill_between_the_clips_and_the_verdict_on_an_earlier_attempt(dataset,
     assert files(cache) == files(finished)
 
 
+@pytest.mark.promise(row="kill -9")
 def test_a_torn_verdict_is_none(dataset, detections, cache, finished):
     shard = sorted(cache.rglob("*.tar"))[0]
     shard.unlink()
@@ -508,6 +520,7 @@ def test_a_torn_verdict_is_none(dataset, detections, cache, finished):
 
 
 @pytest.mark.parametrize("change", ["identity", "label", "file"])
+@pytest.mark.promise(row="no substitution")
 def test_a_video_that_has_changed_is_refused_or_cut_anew(videos, detections, tmp_path, change, capsys):
     out = tmp_path / "cache"
     assert run(videos, out, "--cache", detections, layout="csv") == 0
@@ -597,6 +610,7 @@ def test_a_folder_that_cannot_be_written(dataset, tmp_path, capsys):
     assert one_line(capsys.readouterr().err).startswith("sdr prepare: /proc/cache: cannot be made: ")
 
 
+@pytest.mark.promise(row="disk full, read-only")
 def test_a_finished_cache_on_a_read_only_disk_is_one_line(dataset, cache, monkeypatch, capsys):
     """A disk that became read-only, as root meets it: every change is refused, whatever the permissions are."""
 
@@ -611,6 +625,7 @@ def test_a_finished_cache_on_a_read_only_disk_is_one_line(dataset, cache, monkey
     assert files(cache).items() >= before.items()
 
 
+@pytest.mark.promise(row="disk full, read-only")
 def test_a_full_disk_is_one_line_and_resumes(dataset, detections, tmp_path):
     """A limit on the size of a file stands for the disk: the same error, at the same place, in every process."""
     out = tmp_path / "cache"
@@ -628,6 +643,7 @@ def test_a_full_disk_is_one_line_and_resumes(dataset, detections, tmp_path):
     assert check_cache(out).problems == ()
 
 
+@pytest.mark.promise(row="isolation")
 def test_a_worker_that_is_killed_is_one_line(dataset, tmp_path):
     process = start(*arguments(dataset, tmp_path / "cache", "--cache", tmp_path / "detections"))
     deadline = time.monotonic() + 60
@@ -662,6 +678,7 @@ def test_check_of_a_sound_cache_prints_its_table(finished, capsys):
     assert "FullJitter" in printed
 
 
+@pytest.mark.promise(row="odd surroundings")
 def test_check_finds_one_flipped_bit(cache):
     path = sorted(cache.rglob("*.tar"))[0]
     row = read_shard(path, (T, SIZE, SIZE, 3))[1]
@@ -791,6 +808,7 @@ def test_a_selection_that_is_empty(finished):
         ClipCache(finished, methods=["Deepfakes"])
 
 
+@pytest.mark.promise(row="atomic")
 def test_shard_is_whole_or_not_there(tmp_path):
     def clips():
         yield {"clip": 0}, np.zeros((2, 4, 4, 3), np.uint8)

@@ -369,6 +369,15 @@ def test_truncated_file_is_damaged_or_an_error(tmp_path, name, fraction):
 
 
 @TRUE_FRAMES
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1])
+def test_a_length_that_no_file_can_have(tmp_path, length):
+    path = barcode_video(tmp_path / "a.mp4", 12, container_options={"movflags": "faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data + struct.pack(">I4sQ", 1, b"free", length))
+    _, line = outcome(path)
+    assert f"the file ends {length - 16} bytes too early" in line
+
+
 def test_missing_frames_are_counted(tmp_path):
     path = cut(barcode_video(tmp_path / "a.mp4", 120, container_options={"movflags": "faststart"}), 0.7)
     numbers, _, opened = decode(path)
