@@ -45,12 +45,13 @@ test: $(VENV)/installed
 # the promises at full length, hours on two cores, and the table of docs/promises.md; SOAK='-k videos', SEED=number
 soak: $(VENV)/installed
 	SDR_SEED=$(SEED) SDR_FILES=10000 SDR_CASES=1000 SDR_CHECKPOINTS=10000 SDR_KILLS=50 SDR_CLIPS=2000 \
-		$(BIN)/pytest -n 2 -p no:benchmark -m promise --promises tests/results/promises.json $(SOAK)
-	$(BIN)/python tests/promises.py
+		$(BIN)/pytest -n 2 -p no:benchmark -m promise --promises tests/results/promises.json $(SOAK); \
+		code=$$?; $(BIN)/python tests/promises.py && exit $$code
 
 # mistakes planted in copies of this tree, each of which a test must catch; FAULTS='word ...' chooses
 faults: $(VENV)/installed
-	$(BIN)/python tests/plant_faults.py --out tests/results/planted_faults.json $(FAULTS)
+	$(BIN)/python tests/plant_faults.py --out tests/results/planted_faults.json $(FAULTS); \
+		code=$$?; $(BIN)/python tests/promises.py && exit $$code
 
 audit: $(VENV)/installed
 	$(BIN)/python .ci/audit

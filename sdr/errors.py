@@ -16,10 +16,11 @@ class SDRError(Exception):
         file: the file at fault; shown escaped, so that a newline in a name cannot forge a line of output.
         what: what is wrong with it, without the file's name.
         hint: what the user can do about it.
+        again: a fault of the machine, so that the same file may do later.
     """
 
-    def __init__(self, file: str | bytes | os.PathLike, what: str, hint: str = "") -> None:
-        self.file, self.what, self.hint = file, what, hint
+    def __init__(self, file: str | bytes | os.PathLike, what: str, hint: str = "", *, again: bool = False) -> None:
+        self.file, self.what, self.hint, self.again = file, what, hint, again
         super().__init__(file, what, hint)
 
     @property

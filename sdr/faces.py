@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from sdr.detectors import Detector, Faces, box_iou
 from sdr.errors import SDRError, escape
-from sdr.files import write_atomic
+from sdr.files import digest_arrays, write_atomic
 from sdr.video import Video, sample_clips
 
 CACHE_FORMAT = 2  # to be raised when what is stored, or how faces are decoded, changes
@@ -311,16 +311,6 @@ def _cache_key(video: Video, detector: Detector) -> str:
     return hashlib.sha256(f"{CACHE_FORMAT}\n{video.sha256}\n{detector.name}\n{video.decoder}".encode()).hexdigest()
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """sha256 of named arrays as [32] uint8; safetensors checks none, a flipped bit would load in silence."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
-
-
 def _remember(entry: Path, found: Detections) -> None:
     from safetensors.numpy import save
 
@@ -335,7 +325,7 @@ def _remember(entry: Path, found: Detections) -> None:
     }
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(entry, save(tensors | {"sha256": _digest(tensors)}))
+        write_atomic(entry, save(tensors | {"sha256": digest_arrays(tensors)}))
     except (OSError, SDRError) as error:
         _warn_unwritable(entry.parent, error.reason if isinstance(error, SDRError) else error.strerror)
 
@@ -357,7 +347,7 @@ def _recall(entry: Path) -> Detections | None:
         return None
     except (SafetensorError, KeyError, ValueError, TypeError):
         tensors, stored = {}, None
-    if stored is None or not np.array_equal(stored, _digest(tensors)):
+    if stored is None or not np.array_equal(stored, digest_arrays(tensors)):
         logger.warning("cache entry %s is damaged, faces are detected again", escape(entry))
         return None
     ends = np.cumsum(tensors["counts"])

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from sdr.errors import SDRError, escape
 
 
@@ -85,6 +87,16 @@ def file_digest(path: str | os.PathLike) -> str:
         raise SDRError(path, f"cannot be read: {error.strerror}") from error
 
 
+def digest_arrays(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """sha256 of named arrays as [32] uint8: a flipped bit or another's array would else be read in silence."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -142,7 +154,7 @@ def sole_writer(out: Path, command: str) -> Iterator[None]:
             descriptor = os.open(out, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SDRError(out, f"another {command} is writing there") from error
+            raise SDRError(out, f"another {command} is writing there", "wait for it to end, or choose another folder") from error
         except OSError as error:
             raise SDRError(out, f"cannot be locked: {error.strerror}") from error
         yield

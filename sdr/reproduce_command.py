@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sdr.errors import escape
+from sdr.stopping import stopping
 from sdr.terminal import progress_bars, refusals, require
-from sdr.train_command import EXIT_CODES, add_train_arguments, read_train_config, say, stopping
+from sdr.train_command import add_train_arguments, read_train_config, say
 
 if TYPE_CHECKING:  # importing them for real waits until the command runs
     from rich.progress import Progress
@@ -60,7 +60,7 @@ def run_reproduce(options) -> int:
         if main:
             again = f"the same command goes on from there: {escape(out.resolve())}"
             print(f"sdr reproduce: stopped, what is done is kept; {again}", file=sys.stderr)
-        return EXIT_CODES[stop.signal or signal.SIGTERM]
+        return stop.code
     if main:
         paths = write_result(result, out)
         print_result(result)

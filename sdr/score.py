@@ -25,7 +25,6 @@ from sdr.model import SDRModel
 from sdr.tpa import augment
 from sdr.video import open_video
 
-DECODER_FAULT = "decoder process "  # begins what sdr.decoding says of a worker that ended without a word
 THUMBNAIL = 96  # pixels; small enough to keep every clip of a long run
 Progress = Callable[[str, float], None]  # what is being done, share of the video done in 0..1
 
@@ -149,9 +148,7 @@ class Scorer:
         try:
             self._score(path, fields, progress or (lambda what, share: None))
         except SDRError as error:
-            # a decoder that ends for no reason of its own may have been killed, or not been able to start
-            again = isinstance(error.__context__, OSError) or error.what.startswith(DECODER_FAULT)
-            fields |= {"score": None, "state": "inconclusive", "reason": error.reason, "again": again}
+            fields |= {"score": None, "state": "inconclusive", "reason": error.reason, "again": error.again}
         except (OSError, RuntimeError, MemoryError) as error:  # of the machine or a library
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
             fields |= {"score": None, "state": "inconclusive", "reason": escape(cause), "again": True}

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +22,8 @@ if TYPE_CHECKING:  # importing them for real waits until the command runs
     from sdr.checkpoint import WeightsInfo
     from sdr.report import RunInfo
     from sdr.score import Scorer, VideoScore
-    from sdr.score_run import KeptScores, Stop
+    from sdr.score_run import KeptScores
+    from sdr.stopping import Stop
 
 DEMONSTRATION_NOTE = (
     "No --weights given: using the demonstration weights. They were trained on synthetic videos and detect nothing "
@@ -34,46 +35,61 @@ Videos = Sequence[tuple[Path, int | None]]  # each with its known label
 
 
 def run_score(options) -> int:
-    import sdr
-    from sdr.checkpoint import DEMONSTRATION, load_model
-    from sdr.detectors import load_detector
-    from sdr.report import render_report
-    from sdr.score import ScoreConfig, Scorer
-    from sdr.score_run import KeptScores, Results, stopping
+    from sdr.score_run import KeptScores
+    from sdr.stopping import stopping
 
     require("faces", "report", *(["train"] if options.truth is not None else []))
     out = Path(options.out)
-    if options.weights is None:
-        print(DEMONSTRATION_NOTE, file=sys.stderr)
-    weights = options.weights or DEMONSTRATION
-    model, info = load_model(weights)
-    config = settings(ScoreConfig, options)
-    detector, device = load_detector(options.detector, weights=options.detector_weights), pick_device(options.device)
-    with refusals():
-        scorer = Scorer(model.to(device), detector, config, cache=pick_cache(options))
+    scorer, info, made_by = load_scorer(options)
     videos = list_videos(options)
     if not any(os.path.lexists(video) for video, _ in videos):
         raise SDRError(videos[0][0], "no such file or folder")  # before earlier results are written over
     make_folder(out)
-    made_by = {"version": sdr.__version__, "weights": file_digest(weights), "device": device.type}
     with sole_writer(out, "sdr score"), stopping() as stop:
-        kept = KeptScores(out, config, made_by | {"detector": detector.name})
-        records = score_all(scorer, videos, kept, out / LOG, stop)
+        kept = KeptScores(out, scorer.config, made_by)
+        records = recall_all(videos, kept, out / LOG, stop)
+        if records is None:
+            print("sdr score: interrupted; the same command goes on", file=sys.stderr)
+            return stop.code
+        score_all(scorer, videos, records, kept, out / LOG, stop)
         done = [video for video, record in zip(videos, records, strict=True) if record]
         records = list(filter(None, records))
-        results = Results(kept, done)
-        write_lines(out / LOG, results)  # in the videos' order, whatever was scored when
         fields = (*FIELDS, "truth") if options.truth else FIELDS
         write_atomic(out / TABLE, to_csv([{name: record[name] for name in fields} for record in records], fields))
-        metrics = known_metrics(records, config.threshold)
-        run = describe_run(options, type(model).__name__, info, metrics, len(records))
-        write_atomic(out / REPORT, render_report(results, run))
-    print_summary(records, metrics, info.synthetic, out)
-    if len(done) < len(videos):
-        what = f"interrupted after {len(done)} of {len(videos)} videos; the same command goes on"
+        metrics = known_metrics(records, options.threshold)
+        run = describe_run(options, made_by["model"], info, metrics, len(records))
+        finished = len(done) == len(videos) and write_report(out, kept, done, run, stop)
+    print_summary(records, metrics, info.synthetic)
+    if not finished:
+        what = f"interrupted after {len(done)} of {count_of(videos)}; the same command goes on"
         print(f"sdr score: {what}", file=sys.stderr)
         return stop.code
+    print(f"report: {escape((out / REPORT).resolve())}")
     return 0 if all(record["score"] is not None for record in records) else 1
+
+
+def load_scorer(options) -> tuple[Scorer, WeightsInfo, dict[str, str]]:
+    """The scorer, what its weights say of themselves, and what a score depends on besides the settings."""
+    import sdr
+    from sdr.checkpoint import DEMONSTRATION, load_model
+    from sdr.detectors import load_detector
+    from sdr.score import ScoreConfig, Scorer
+    from sdr.score_run import find_source
+
+    if options.weights is None:
+        print(DEMONSTRATION_NOTE, file=sys.stderr)
+    weights = options.weights or DEMONSTRATION
+    source = find_source(weights)
+    model, info = load_model(weights)
+    sha256 = file_digest(weights)
+    if find_source(weights) != source:
+        raise SDRError(weights, "changed while it was being read", "give the command again")
+    config = settings(ScoreConfig, options)
+    detector, device = load_detector(options.detector, weights=options.detector_weights), pick_device(options.device)
+    with refusals():
+        scorer = Scorer(model.to(device), detector, config, cache=pick_cache(options))
+    made_by = {"version": sdr.__version__, "model": type(model).__name__, "weights": sha256}
+    return scorer, info, made_by | {"device": device.type, "detector": detector.name}
 
 
 def list_videos(options) -> Videos:
@@ -94,13 +110,41 @@ def list_videos(options) -> Videos:
     return known if options.split is None else [(video, label) for video, label in known if label is not None]
 
 
-def score_all(scorer: Scorer, videos: Videos, kept: KeptScores, log: Path, stop: Stop) -> list[dict | None]:
-    """Score what is not kept, one after the other; each result is kept, and a line of ``log``, as soon as it is there.
+def recall_all(videos: Videos, kept: KeptScores, log: Path, stop: Stop) -> list[dict | None] | None:
+    """The row of each video whose result is kept, or None; ``log`` has their lines and no other.
 
-    Returns:
-        The row of each video, None where the run was interrupted before it.
+    Returns None, and leaves ``log`` as it was, where a signal came in between.
     """
-    records = recall_all(videos, kept, log)
+    records, others = [], []
+    with suppress(KeyboardInterrupt), progress_bars() as bars, stop.at_once():
+        bar = bars.add_task("kept results", total=len(videos), visible=len(videos) > 1)
+        with atomic_file(log) as file:
+            for path, truth in videos:
+                result, other = kept.recall(path, truth)
+                if result is not None:
+                    file.write((to_line(result) + "\n").encode())
+                if other:
+                    others.append(other)
+                records.append(result and to_record(result))
+                bars.advance(bar)
+        bars.remove_task(bar)
+    if stop():
+        return None
+    if known := len(records) - records.count(None):
+        place = escape(kept.folder)
+        print(f"note: {known} of {count_of(videos)} scored before: results are taken from {place}", file=sys.stderr)
+    if others:
+        print(f"note: {count_of(others)} scored again, with other settings: {others[0]}", file=sys.stderr)
+    return records
+
+
+def score_all(
+    scorer: Scorer, videos: Videos, records: list[dict | None], kept: KeptScores, log: Path, stop: Stop
+) -> None:
+    """Score the videos that have no row, one after the other, until a signal comes in between.
+
+    Each result is kept, and a line of ``log``, and a row in ``records``, as soon as it is there.
+    """
     with progress_bars() as bars, suppress(KeyboardInterrupt):
         total = bars.add_task("all videos", total=len(videos), visible=len(videos) > 1)
         for number, (path, truth) in enumerate(videos):
@@ -110,25 +154,6 @@ def score_all(scorer: Scorer, videos: Videos, kept: KeptScores, log: Path, stop:
                 records[number] = to_record(result)
             bars.console.print(one_line(records[number]), markup=False, highlight=False, soft_wrap=True)
             bars.advance(total)
-    return records
-
-
-def recall_all(videos: Videos, kept: KeptScores, log: Path) -> list[dict | None]:
-    """The row of each video whose result is kept, or None; ``log`` has their lines and no other."""
-    records, others = [], []
-    with atomic_file(log) as file:
-        for path, truth in videos:
-            result, other = kept.recall(path, truth)
-            if result is not None:
-                file.write((to_line(result) + "\n").encode())
-            if other:
-                others.append(other)
-            records.append(result and to_record(result))
-    if known := len(records) - records.count(None):
-        print(f"note: {known} of {len(videos)} videos have been scored before, and are not again", file=sys.stderr)
-    if others:
-        print(f"note: {len(others)} videos are scored again, with other settings: {others[0]}", file=sys.stderr)
-    return records
 
 
 def score_one(
@@ -146,9 +171,21 @@ def score_one(
     return result
 
 
-def write_lines(log: Path, results: Sequence[VideoScore]) -> None:
-    with atomic_file(log) as file:
-        file.writelines((to_line(result) + "\n").encode() for result in results)
+def write_report(out: Path, kept: KeptScores, videos: Videos, run: RunInfo, stop: Stop) -> bool:
+    """Write the lines in the videos' order, whatever was scored when, and the report.
+
+    Returns:
+        Whether that was done before a signal came.
+    """
+    from sdr.report import render_report
+    from sdr.score_run import Results
+
+    with suppress(KeyboardInterrupt), stop.at_once():
+        with atomic_file(out / LOG) as file:
+            file.writelines((to_line(result) + "\n").encode() for result in Results(kept, videos, pictures=False))
+        write_atomic(out / REPORT, render_report(Results(kept, videos, pictures=True), run))
+        return True
+    return False
 
 
 def one_line(record: Mapping) -> str:
@@ -166,8 +203,9 @@ def to_line(result: VideoScore) -> str:
 
 def to_record(result: VideoScore) -> dict:
     """The row of scores.csv and scores.jsonl; the path is escaped so that one video is always one line."""
+    path = escape(result.path)
     return {
-        "path": escape(result.path),
+        "path": f"./{path}" if path.startswith(("=", "+", "-", "@")) else path,  # to a spreadsheet it were a formula
         "score": result.score,
         "label": result.label,
         "state": result.state,
@@ -202,7 +240,7 @@ def describe_run(options, model: str, info: WeightsInfo, metrics: dict[str, floa
     demonstration = options.weights is None
     name = "demonstration weights" if demonstration else escape(Path(options.weights).name)
     return RunInfo(
-        title=f"Scores of {count} video{'s' if count != 1 else ''}",
+        title=f"Scores of {count_of(range(count))}",
         model=f"{model}, {name}: {info.origin}",
         demonstration=demonstration,
         synthetic=info.synthetic,
@@ -216,14 +254,17 @@ def describe_run(options, model: str, info: WeightsInfo, metrics: dict[str, floa
     )
 
 
-def print_summary(records: Sequence[Mapping], metrics: dict[str, float], synthetic: bool, out: Path) -> None:
+def count_of(videos: Sized) -> str:
+    return f"{len(videos)} video{'s' if len(videos) != 1 else ''}"
+
+
+def print_summary(records: Sequence[Mapping], metrics: dict[str, float], synthetic: bool) -> None:
     states = [record["state"] for record in records]
     print(", ".join(f"{states.count(state)} {state}" for state in ("real", "fake", "inconclusive")))
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
     known = sum(record["truth"] is not None for record in records)
     if known and not metrics:
-        print(f"no metrics: the {known} videos with a known label hold no score of one of the two classes")
+        print("no metrics: of one of the two classes no video with a known label has a score")
     if metrics and synthetic:
         print(SYNTHETIC_NOTE)
-    print(f"report: {escape((out / REPORT).resolve())}")

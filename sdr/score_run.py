@@ -8,60 +8,78 @@ on where it stopped, and one with another threshold, or with more videos, scores
 import hashlib
 import json
 import logging
+import math
 import os
 import re
-import signal
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sdr.errors import SDRError, escape
-from sdr.files import atomic_file, differences, is_temporary, make_folder, remove
+from sdr.files import atomic_file, differences, digest_arrays, is_temporary, make_folder, remove
 from sdr.report import pictured
 from sdr.score import ClipScore, ScoreConfig, VideoScore, judge
 
-KEPT = "videos"  # folder of the results
+KEPT = "kept"  # folder of the results
 FORMAT = 1  # to be raised when the same video, weights and settings give another result
 NAME_LENGTH = 60  # characters of a result's name that are the video's own; a hash tells the rest
 FREE = ("threshold", "reduce", "batch_size")  # settings that change no clip's score
+NO_PICTURES = np.empty((0, 1, 1, 3), np.uint8)  # [0, S, S, 3]
 FIELDS = ("reason", "faces", "seconds", "duration", "decoder", "again")
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+READERS = ("av", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "onnxruntime")  # packages that read a video
 
 logger = logging.getLogger(__name__)
-Source = tuple[int, int]  # bytes and time of a file's last change, in ns; another pair means another video
+Source = tuple[int, ...]  # bytes, times of change in ns, and number of a file; others mean another video
 
 
-def find_source(video: Path) -> Source | None:
+def find_source(video: str | os.PathLike) -> Source | None:
     """What tells whether a video has changed; None where it is no file."""
     try:
         found = os.stat(video)
     except (OSError, ValueError):
         return None
-    return (found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+    # size and time of change can be those of another file that took its place, the time of the swap and the number not
+    source = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    return source if stat.S_ISREG(found.st_mode) else None
+
+
+def installed(package: str) -> str:
+    """Its version, "" where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 class KeptScores:
-    """The results of a run, in a folder that is made with the first of them.
+    """The results of a run, in a folder of its own.
 
     Args:
         out: folder of the run; what a kill has left half written is swept from it.
         config: how videos are scored.
         made_by: what else a score depends on, values of JSON by name.
+
+    Raises:
+        SDRError: the folder cannot be made, read or written.
     """
 
     def __init__(self, out: Path, config: ScoreConfig, made_by: Mapping[str, object]) -> None:
         self.folder, self.config = out / KEPT, config
         fields = {name: value for name, value in asdict(config).items() if name not in FREE}
-        self.limits = fields.pop("limits")
+        self.limits = {f"limits.{name}": value for name, value in fields.pop("limits").items()}
+        if config.views == "same":
+            fields.pop("seed")  # nothing is drawn
+        self.software = {name: installed(name) for name in READERS}
         self.settings = {"format": FORMAT, **made_by, **fields}
-        for folder in filter(os.path.isdir, (out, self.folder)):
-            for path in filter(is_temporary, list(folder.iterdir())):
-                remove(path)
+        make_folder(self.folder)
+        for folder in (out, self.folder):
+            sweep(folder)
 
     def path(self, video: Path) -> Path:
         """Where the result of a video is kept: a name for any file system, its own for every file."""
@@ -80,56 +98,76 @@ class KeptScores:
             SDRError: it cannot be written.
         """
         shown = pictured(result)
-        pictures = [result.clips[i].thumbnail for i in shown]
-        pictures += [] if result.top_clip is None else list(result.top_clip)
+        frames = [result.clips[i].thumbnail for i in shown]
+        frames += [] if result.top_clip is None else list(result.top_clip)
+        pictures = np.stack(frames) if frames else NO_PICTURES  # [N, S, S, 3]
         fields: dict[str, Any] = {name: getattr(result, name) for name in FIELDS}
         fields["again"] = fields["again"] or source is None or source != find_source(video)
         clips = [(c.track, c.start, c.end, c.first_frame, c.last_frame, c.score) for c in result.clips]
-        scored = {"scored": result.score is not None, "clips": clips, "shown": shown}
-        told = {"settings": self.settings, "limits": self.limits, "source": source, **fields, **scored}
-        arrays = {
-            "result": np.frombuffer(json.dumps(told).encode(), np.uint8),
-            "pictures": np.stack(pictures) if pictures else np.empty((0, 1, 1, 3), np.uint8),  # [N, S, S, 3]
-        }
-        make_folder(self.folder)
+        scored = {"scored": result.score is not None, "clips": clips, "shown": shown, "pictures": to_hex(pictures)}
+        under = {"settings": self.settings, "limits": self.limits, "software": self.software}
+        told = np.frombuffer(json.dumps({**under, "source": source, **fields, **scored}).encode(), np.uint8)
         with atomic_file(self.path(video)) as file:
-            np.savez_compressed(file, sha256=_digest(arrays), **arrays)
+            np.savez_compressed(file, sha256=digest_arrays({"result": told}), result=told, pictures=pictures)
 
-    def _load(self, video: Path) -> tuple[dict, np.ndarray] | None:
-        """What was kept of a video and the pictures, or None where there is nothing or nothing sound."""
+    def _load(self, video: Path, *, pictures: bool = False) -> tuple[dict, np.ndarray] | None:
+        """What was kept of a video and, unless asked for none, its pictures; None where there is nothing.
+
+        Raises:
+            SDRError: it cannot be read.
+            DamagedError: it is not what was written.
+        """
         path = self.path(video)
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in ("result", "pictures")}
-                if not np.array_equal(file["sha256"], _digest(arrays)):
-                    raise ValueError("its checksum is another")
-            return json.loads(arrays["result"].tobytes()), arrays["pictures"]
+            file = open(path, "rb")  # noqa: SIM115  # closed below; only its opening is the file system's
         except FileNotFoundError:
             return None
-        except Exception as error:  # of the file system, zipfile, zlib, NumPy or JSON: whatever the bytes are
-            cause = f"{type(error).__name__}: {error}".splitlines()[0]
-            logger.warning("kept result %s is damaged, the video is scored again: %s", escape(path), escape(cause))
-            return None
+        except OSError as error:
+            raise SDRError(path, f"cannot be read: {error.strerror}") from error
+        with file:
+            return unpack(file, pictures=pictures)
 
     def recall(self, video: Path, truth: int | None) -> tuple[VideoScore | None, str]:
-        """The kept result of a video that has not changed, else None; and which settings are others than they were."""
+        """The kept result of a video that has not changed, else None; and which settings are others than they were.
+
+        Raises:
+            SDRError: from the file system.
+        """
         source = find_source(video)
-        found = None if source is None else self._load(video)
+        try:
+            found = None if source is None else self._load(video)
+        except DamagedError as error:
+            logger.warning("kept result %s is damaged, the video is scored again: %s", escape(self.path(video)), error)
+            found = None
         if found is None or found[0]["source"] != list(source) or found[0]["again"]:
             return None, ""
         told = found[0]
         before, now = told["settings"], self.settings
-        if not told["scored"]:  # another limit may let the video pass
-            before, now = {**before, "limits": told["limits"]}, {**now, "limits": self.limits}
+        # another limit may let a video pass that has no score, and a lower one refuse any
+        if not told["scored"] or any(most < told["limits"].get(name, math.inf) for name, most in self.limits.items()):
+            before, now = before | told["limits"], now | self.limits
+        if told["scored"] and not told["reason"]:  # the video is whole
+            before = before | {"allow_damaged": now["allow_damaged"]}
+        if not told["scored"]:  # another release may read the video
+            before, now = before | told["software"], now | self.software
         if before != now:
             return None, differences(json.dumps(before), now)
         return self._result(*found, video, truth), ""
 
-    def read(self, video: Path, truth: int | None) -> VideoScore:
-        """The result of a video that was kept or recalled by this run; raises SDRError where it is gone."""
-        found = self._load(video)
+    def read(self, video: Path, truth: int | None, *, pictures: bool) -> VideoScore:
+        """The result of a video that was kept or recalled by this run.
+
+        Raises:
+            SDRError: it is gone, or damaged, and gone then, so that the next run scores the video again.
+        """
+        path, what = self.path(video), "was removed during the run"
+        try:
+            found = self._load(video, pictures=pictures)
+        except DamagedError as error:
+            found, what = None, f"is damaged: {error}"
+            remove(path)
         if found is None:
-            raise SDRError(self.path(video), "was removed or damaged during the run", "give the command again")
+            raise SDRError(path, what, "the same command scores the video again")
         return self._result(*found, video, truth)
 
     def _result(self, told: dict, pictures: np.ndarray, video: Path, truth: int | None) -> VideoScore:
@@ -141,69 +179,53 @@ class KeptScores:
         return VideoScore(path=str(video), truth=truth, **fields)
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """sha256 of shapes and bytes as [32] uint8; a zip's own sum has 32 bits, and its names none."""
-    digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return np.frombuffer(digest.digest(), np.uint8)
+class DamagedError(Exception):
+    """A kept result is not what was written; the text is why."""
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill has left half written; raises SDRError where the folder cannot be read or written."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [Path(entry.path) for entry in entries if entry.name.startswith(".")]
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SDRError(folder, f"cannot be used: {error.strerror}") from error
+    for path in filter(is_temporary, found):
+        remove(path)
+
+
+def unpack(file: BinaryIO, *, pictures: bool) -> tuple[dict, np.ndarray]:
+    """What :meth:`KeptScores.keep` wrote, its pictures only where they are asked for; raises DamagedError."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = arrays["result"]
+            if not np.array_equal(arrays["sha256"], digest_arrays({"result": found})):
+                raise ValueError("its checksum is another")
+            told = json.loads(found.tobytes())
+            shown = arrays["pictures"] if pictures else NO_PICTURES
+            if pictures and to_hex(shown) != told["pictures"]:
+                raise ValueError("its pictures' checksum is another")
+            return told, shown
+    except Exception as error:  # of zipfile, zlib, NumPy or JSON: whatever the bytes are
+        raise DamagedError(escape(f"{type(error).__name__}: {error}".splitlines()[0])) from error
+
+
+def to_hex(pictures: np.ndarray) -> str:
+    """Their digest."""
+    return digest_arrays({"pictures": pictures}).tobytes().hex()
 
 
 class Results(Sequence):
     """Results of some videos with their known labels; each is read when it is asked for, and held by nobody."""
 
-    def __init__(self, kept: KeptScores, videos: Sequence[tuple[Path, int | None]]) -> None:
-        self.kept, self.videos = kept, videos
+    def __init__(self, kept: KeptScores, videos: Sequence[tuple[Path, int | None]], *, pictures: bool) -> None:
+        self.kept, self.videos, self.pictures = kept, videos, pictures
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index: int) -> VideoScore:
-        return self.kept.read(*self.videos[index])
-
-
-class Stop:
-    """Whether a signal has asked the run to end. While a video is scored, which can be done again, it ends at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.scoring = False
-
-    def note(self, number: int, frame: object) -> None:
-        again, self.signal = self.signal is not None, self.signal or number
-        if self.scoring or (again and number == signal.SIGINT):
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Where a signal interrupts."""
-        self.check()
-        self.scoring = True
-        try:
-            self.check()  # one may have come in between
-            yield
-        finally:
-            self.scoring = False
-        self.check()  # an exception that a signal raised in a callback of C code may have been lost there
-
-    def check(self, *_: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-
-    @property
-    def code(self) -> int:
-        """Exit code of a run that was ended."""
-        return EXIT_CODES[self.signal or signal.SIGINT]
-
-
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    """SIGTERM and the first interrupt end a run between two writes; a second interrupt waits for nothing."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.note) for number in EXIT_CODES}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Results(self.kept, self.videos[index], pictures=self.pictures)
+        return self.kept.read(*self.videos[index], pictures=self.pictures)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sdr.errors import escape
+from sdr.stopping import stopping
 from sdr.terminal import pick_device, progress_bars, refusals, require
-from sdr.train_command import EXIT_CODES, stopping
 
 if TYPE_CHECKING:  # importing them for real waits until the command runs
     from rich.progress import Progress
@@ -52,7 +51,7 @@ def run_study_command(options) -> int:
     if rows is None:
         again = f"the same command goes on from there: {escape(out.resolve())}"
         print(f"sdr study: stopped, what is done is kept; {again}", file=sys.stderr)
-        return EXIT_CODES[stop.signal or signal.SIGTERM]
+        return stop.code
     paths = write_study(options.study, options.scale, config, rows, out / options.study)
     print(render_markdown(options.study, options.scale, config, rows))
     print(f"written: {', '.join(escape(path.resolve()) for path in paths)}")

@@ -1,6 +1,5 @@
 """`sdr train`: a clip cache in; weights, logs, a report and a model card out."""
 
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,9 +9,9 @@ from typing import Literal
 
 from sdr.errors import SDRError, escape
 from sdr.settings_file import read_settings_file
+from sdr.stopping import stopping
 from sdr.terminal import SYNTHETIC_NOTE, pick_device, progress_bars, require, settings
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 DEFAULT_PRESET = "tiny"
 SECTIONS = ("model", "loader", "grouped", "loss", "tpa")  # of a configuration file
 
@@ -123,7 +122,7 @@ def run_train(options) -> int:
         if main:
             again = f"the same command goes on from there: {escape(Path(options.out).resolve())}"
             print(f"sdr train: stopped after a checkpoint; {again}", file=sys.stderr)
-        return EXIT_CODES[stop.signal or signal.SIGTERM]
+        return stop.code
     if main:
         if not trained:
             print("the run was finished before: nothing was trained", file=sys.stderr)
@@ -153,33 +152,6 @@ def describe(preset: str, config, data) -> str:
     kind = "synthetic matched-marginals" if data.settings.get("synthetic") else data.settings.get("layout", "cached")
     methods = sorted({record.method for record in data.records if record.label})
     return f"{preset}, trained on {len(data.records)} {kind} videos, fakes by {', '.join(methods)}"
-
-
-class Stop:
-    """Whether a signal has asked the run to end; a second interrupt does not wait for the checkpoint."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    def note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-@contextmanager
-def stopping() -> Iterator[Stop]:
-    """SIGTERM, SIGUSR1 and the first interrupt become a wish that training reads between two updates."""
-    stop = Stop()
-    before = {number: signal.signal(number, stop.note) for number in EXIT_CODES}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

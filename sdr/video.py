@@ -114,7 +114,8 @@ class Video:
         try:
             if missing or self._bytes_missing:  # NVDEC would hide what is missing
                 damage = f"damaged: the file ends {self._bytes_missing} bytes too early"
-                raise SDRError(self.path, f"not decoded by DALI: {missing or damage}", "--decoder pyav")
+                reason = f"not decoded by DALI: {missing or damage}"
+                raise SDRError(self.path, reason, "--decoder pyav", again=bool(missing))
             worker = self._start()
         except SDRError as error:
             if required:
@@ -126,7 +127,7 @@ class Video:
 
     def _start(self) -> Worker:
         if _identity(self._open_fd()) != self._identity:
-            raise SDRError(self.path, "changed while it was being read")
+            raise SDRError(self.path, "changed while it was being read", again=True)
         worker = Worker(self.path, self._fd, self._demuxer, self.limits, self._waited, self.decoder)
         self._workers.append(worker)
         try:
@@ -202,7 +203,7 @@ def _open_regular(path, limits: Limits) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         dangling = isinstance(error, FileNotFoundError) and os.path.islink(path)
-        raise SDRError(path, "link to a missing file" if dangling else error.strerror) from None
+        raise SDRError(path, "link to a missing file" if dangling else error.strerror, again=True) from None
     except ValueError as error:  # a null character in the name
         raise SDRError(path, str(error)) from None
     try:

@@ -15,8 +15,8 @@ import torch
 from train_runs import config
 
 from sdr.clip_cache import ClipCache
+from sdr.stopping import EXIT_CODES, stopping
 from sdr.train import train
-from sdr.train_command import EXIT_CODES, stopping
 
 CONFIG = config(epochs=10, ema=0.5, log_every=3)  # 30 updates
 

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import distribution
@@ -281,7 +282,7 @@ def test_interrupted_run_keeps_what_it_has(tmp_path, score, monkeypatch):
 
     def interrupt(self, path, **options):
         if path == paths[2]:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return call(self, path, **options)
 
     monkeypatch.setattr(Scorer, "__call__", interrupt)
@@ -289,7 +290,7 @@ def test_interrupted_run_keeps_what_it_has(tmp_path, score, monkeypatch):
     assert code == 130
     assert [row["path"] for row in rows] == [str(path) for path in paths[:2]]
     assert len(Path("sdr_scores/scores.jsonl").read_text().splitlines()) == 2
-    assert str(paths[1]) in Path("sdr_scores/report.html").read_text()
+    assert not Path("sdr_scores/report.html").exists()
     assert "interrupted after 2 of 4 videos" in printed.err
 
 
@@ -321,6 +322,13 @@ def test_device_that_is_not_there(score, short_face):
     code, _, printed = score(short_face, "--device", "cuda:7")
     assert code == 2
     assert "--device: 'cuda:7' cannot be used" in printed.err
+
+
+@pytest.mark.promise(row="odd surroundings")
+def test_a_name_that_a_spreadsheet_takes_for_a_formula(tmp_path, score, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("=cmd|calc.mp4").write_bytes(b"")
+    assert score("=cmd|calc.mp4")[1][0]["path"] == "./=cmd|calc.mp4"
 
 
 @pytest.mark.promise(row="odd surroundings")

@@ -15,7 +15,17 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 # a module may import, at its top, only from the layers above it in this list
 LAYERS = [
     {"errors", "confinement", "decode_worker", "stages"},
-    {"files", "config", "containers", "decoding", "decode_worker_dali", "portraits", "recompute", "sync_norm"},
+    {
+        "files",
+        "stopping",
+        "config",
+        "containers",
+        "decoding",
+        "decode_worker_dali",
+        "portraits",
+        "recompute",
+        "sync_norm",
+    },
     {"tpa", "video", "detectors", "bootstrap", "terminal", "page", "run_log", "hub", "torch_file"},
     {"transformer", "faces", "datasets", "dali", "model_card", "published"},
     {"settings_file", "timing", "ftcn", "trfi", "frame_lists", "deepfakebench", "synth_layouts", "clip_cache"},

@@ -32,6 +32,7 @@ from sdr.video import open_video
 SIZE, T = 32, 8
 SETTINGS = ("--size", SIZE, "--num_frames", T, "--stride", T, "--min_frames", 4)
 LAYOUTS = ("ffpp", "celebdf", "dfdc", "deepfakebench")
+SPAWNED = LAYOUTS[0]  # whose workers are not forks, but started as for a user
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -130,12 +131,20 @@ def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, sdr, la
     out, chance = tmp_path / "killed", draws.draw(f"prepare {layout} {name}", 0)
     command = arguments(root, out, "--cache", tmp_path / "none", layout=layout)
     shards: set[str] = set()
-    for _ in range(3):
-        child = sdr.start(*command, prepare=[("fork_workers",)])
-        time.sleep(float(chance.uniform(0.1, 0.9)) * seconds)
+    for _ in range(2 if layout == SPAWNED else 3):
+        if layout == SPAWNED:
+            child = start(*command)
+            wait_for_shard(out, shards, child)
+            time.sleep(float(chance.uniform(0, 0.3)) * seconds)
+        else:
+            child = sdr.start(*command, prepare=[("fork_workers",)])
+            time.sleep(float(chance.uniform(0.1, 0.9)) * seconds)
         family = children(child.pid)
-        child.kill(getattr(signal, name))
-        assert child.wait().code in (-getattr(signal, name), 0)
+        os.kill(child.pid, getattr(signal, name))
+        if layout == SPAWNED:
+            child.communicate()
+        code = child.returncode if layout == SPAWNED else child.wait().code
+        assert code in (-getattr(signal, name), 0)
         deadline = time.monotonic() + 20
         while not all(map(gone, family)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -148,6 +157,12 @@ def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, sdr, la
     assert {name: (out / name).stat().st_mtime_ns for name in shards} == stamps, "a finished shard was written again"
     assert files(out) == files(whole), draws.replay(f"tests/test_prepare.py -k 'killed_at_random and {layout}'", 0)
     assert main(["prepare", "--check", str(out)]) == 0
+
+
+def wait_for_shard(out: Path, shards: set[str], process: subprocess.Popen) -> None:
+    """Until there is another than these, or the process has ended."""
+    while process.poll() is None and not {str(p.relative_to(out)) for p in out.rglob("*.tar")} - shards:
+        time.sleep(0.05)
 
 
 def finish(sdr: Commands, command: list[str]) -> float:

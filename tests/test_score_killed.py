@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,14 @@ import score_runs
 from forked import Commands, StubDetector, commands
 
 from sdr.cli import main
+from sdr.stopping import Stop, stopping
 
 pytestmark = pytest.mark.promise(row="atomic")
 
 VIDEOS = 6
+EVERY = [f"{n}.mp4" for n in range(VIDEOS)]
 FAST = [("stub_detector",)]
-EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}
+EXITS = {"SIGKILL": -9, "SIGTERM": 143, "SIGUSR1": 143, "SIGINT": 130}
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,20 @@ def whole(tmp_path_factory, sdr, videos, weights) -> Whole:
     return Whole(out, found, ended.seconds, cache)
 
 
+def wait_for_change(path: Path, before: int) -> None:
+    """Until a file was written since ``before``, a time of change in ns."""
+    deadline = time.monotonic() + 60
+    while changed(path) == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def kept(out: Path) -> dict[str, int]:
     """Names of the results on disk and the times at which they were written."""
-    return {path.name: path.stat().st_mtime_ns for path in (out / "videos").glob("[!.]*")}
+    return {path.name: path.stat().st_mtime_ns for path in (out / "kept").glob("[!.]*")}
 
 
 @pytest.mark.promise(row="kill -9")
@@ -74,11 +88,17 @@ def test_killed_runs_end_like_one_that_was_not(tmp_path, sdr, videos, weights, w
     rng, out = draws.draw(f"score {name}", 0), tmp_path / "out"
     words = score_runs.words(videos, weights, out, tmp_path / "cache")
     kills = max(3, draws.KILLS // 3) if name == "SIGKILL" else 2
+    log, asked = out / "scores.jsonl", 0
     again = draws.replay(f"tests/test_score_killed.py -k {name}", 0)
     done, landed, seconds, slowest = {}, 0, whole.seconds, 0.0
     while landed < kills:
+        before = changed(log)
         child = sdr.start(*words, prepare=FAST)
-        time.sleep(float(rng.uniform(0.2, 0.8)) * seconds)
+        if name != "SIGKILL" and landed % 2 == 0:  # the first thing that a run writes: from then on it handles signals
+            wait_for_change(log, before)
+            time.sleep(float(rng.uniform(0, 0.4)) * seconds)
+        else:
+            time.sleep(float(rng.uniform(0.2, 0.8)) * seconds)
         child.kill(getattr(signal, name))
         began = time.monotonic()
         ended = child.wait()
@@ -93,19 +113,21 @@ def test_killed_runs_end_like_one_that_was_not(tmp_path, sdr, videos, weights, w
             done, seconds = {}, 0.8 * seconds
             continue
         landed += 1
+        asked += ended.code == EXITS[name]
         if ended.code == EXITS[name] and name != "SIGKILL":
             assert "Traceback" not in "".join(ended.lines)
             assert ended.lines[-1].startswith("sdr score: interrupted")
             if "after" in ended.lines[-1]:  # else it had not begun to score
                 assert ended.lines[-1].endswith(f"after {len(done)} of {VIDEOS} videos; the same command goes on")
-                assert len((out / "scores.jsonl").read_text().splitlines()) == len(done)
+                assert len(log.read_text().splitlines()) == len(done)
     assert slowest < 30
+    assert asked >= kills // 2  # the others had not begun
     last = sdr.run(*words, prepare=FAST)
     assert last.code == 1, last.lines
     assert kept(out).items() >= done.items()
     assert score_runs.results(out) == whole.results, again
     assert list(out.rglob(".*")) == []
-    record_property(f"runs of scoring ended by {name}", kills)
+    record_property(f"runs of scoring ended by {name}", asked)
 
 
 class PowerCut(BaseException):
@@ -201,16 +223,20 @@ def test_again_scores_nothing_and_writes_the_same(here, finished, whole, monkeyp
     names = scored(monkeypatch)
     assert main(here) == 1
     assert names == []
-    assert f"note: {VIDEOS} of {VIDEOS} videos have been scored before, and are not again" in capsys.readouterr().err
+    assert f"note: {VIDEOS} of {VIDEOS} videos scored before: results are taken from" in capsys.readouterr().err
     assert score_runs.results(finished) == whole.results
 
 
 @pytest.mark.parametrize(
     ("more", "again", "said"),
     [
-        (["--threshold", "0.466", "--reduce", "max", "--batch_size", "1"], [], "are not again"),
-        (["--limits.max_frames", "9000"], ["5.mp4"], "limits was "),  # may let the one without a score pass
-        (["--stride", "2"], [f"{n}.mp4" for n in range(VIDEOS)], "stride was 4, now 2"),
+        (["--threshold", "0.466", "--reduce", "max", "--batch_size", "1"], [], "results are taken from"),
+        (["--allow_damaged", "true"], ["5.mp4"], "settings: allow_damaged was False, now True\n"),
+        (["--seed", "3"], [], "results are taken from"),
+        # may let the one without a score pass, and refuse the others
+        (["--limits.max_frames", "9000"], ["5.mp4"], "settings: limits.max_frames was 4096, now 9000\n"),
+        (["--limits.max_bytes", "1000"], EVERY, "settings: limits.max_bytes was 2147483648, now 1000\n"),
+        (["--stride", "2"], EVERY, "stride was 4, now 2"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value else "",
 )
@@ -220,7 +246,8 @@ def test_other_settings_score_what_they_change(tmp_path, here, finished, monkeyp
     assert names == again
     assert said in capsys.readouterr().err
     states = {row["state"] for row in score_runs.results(finished)["table"]}
-    assert states == {"real", "inconclusive"} | ({"fake"} if more[0] == "--threshold" else set())
+    expected = {"--threshold": {"fake", "real", "inconclusive"}, "--limits.max_bytes": {"inconclusive"}}
+    assert states == expected.get(more[0], {"real", "inconclusive"})
 
 
 def test_other_weights_score_all_again(tmp_path, here, finished, monkeypatch, capsys):
@@ -228,7 +255,7 @@ def test_other_weights_score_all_again(tmp_path, here, finished, monkeypatch, ca
     other = score_runs.make_weights(tmp_path / "other.safetensors", seed=1)
     assert main([*here, "--weights", str(other)]) == 1
     assert len(names) == VIDEOS
-    assert f"note: {VIDEOS} videos are scored again, with other settings: weights was " in capsys.readouterr().err
+    assert f"note: {VIDEOS} videos scored again, with other settings: weights was " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -246,6 +273,53 @@ def test_a_video_that_has_changed_is_scored_again(tmp_path, here, videos, finish
     os.utime(copy / "1.mp4", ns=(0, (copy / "1.mp4").stat().st_mtime_ns + shift))  # touched by one nanosecond
     assert main(here) == 0
     assert names == ["0.mp4", "1.mp4"]
+
+
+def test_two_files_that_swap_names_are_scored_again(here, tmp_path, videos, monkeypatch):
+    """Of one size and one time of change, as archives of one camera may be."""
+    folder = tmp_path / "swapped"
+    folder.mkdir()
+    contents = [(videos / f"{n}.mp4").read_bytes() for n in range(2)]
+    for n, content in enumerate(contents):
+        path = folder / f"{n}.mp4"
+        path.write_bytes(content + bytes(max(map(len, contents)) - len(content)))
+        os.utime(path, (0, 0))
+    here[1] = str(folder)
+    main(here)
+    before = score_runs.results(tmp_path / "out")["table"]
+    os.rename(folder / "0.mp4", folder / "x")
+    os.rename(folder / "1.mp4", folder / "0.mp4")
+    os.rename(folder / "x", folder / "1.mp4")
+    names = scored(monkeypatch)
+    main(here)
+    assert names == ["0.mp4", "1.mp4"]
+    after = score_runs.results(tmp_path / "out")["table"]
+    assert [row["score"] for row in after] == [row["score"] for row in reversed(before)]
+
+
+def test_another_release_of_a_reader_tries_again_what_has_no_score(here, finished, monkeypatch, capsys):
+    from importlib.metadata import version
+
+    monkeypatch.setattr("sdr.score_run.version", lambda name: "99" if name == "av" else version(name))
+    names = scored(monkeypatch)
+    assert main(here) == 1
+    assert names == ["5.mp4"]
+    assert f"note: 1 video scored again, with other settings: av was {version('av')}, now 99" in capsys.readouterr().err
+
+
+def test_weights_that_change_while_they_are_read_are_refused(here, tmp_path, weights, monkeypatch, capsys):
+    import sdr.checkpoint
+
+    load, copy = sdr.checkpoint.load_model, Path(shutil.copy(weights, tmp_path / "tiny.safetensors"))
+
+    def change(path):
+        loaded = load(path)
+        score_runs.make_weights(path, seed=1)
+        return loaded
+
+    monkeypatch.setattr(sdr.checkpoint, "load_model", change)
+    assert main([*here, "--weights", str(copy)]) == 2
+    assert f"{copy}: changed while it was being read" in capsys.readouterr().err
 
 
 def test_a_video_that_changes_while_it_is_scored_is_scored_again(here, tmp_path, videos, monkeypatch):
@@ -297,26 +371,137 @@ def test_a_fault_of_the_machine_is_tried_again(here, tmp_path, monkeypatch, whol
     assert score_runs.results(tmp_path / "new") == whole.results
 
 
-@pytest.mark.promise(row="isolation")
-def test_a_decoder_that_is_killed_is_one_video_and_is_tried_again(here, tmp_path, monkeypatch, whole):
-    """The system kills for want of memory; a signal of a terminal or of a queue goes to every process."""
+def ends_by(number: int):
+    """Decoding of 1.mp4 ends by a signal."""
     from sdr.decoding import Worker
 
     header = Worker.read_header
 
-    def killed(worker):
+    def read_header(worker):
         if worker.path.name == "1.mp4":
-            worker._process.kill()
+            worker._process.send_signal(number)
             worker._process.wait()
             raise worker._death()
         return header(worker)
 
+    return read_header
+
+
+@pytest.mark.promise(row="isolation")
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGKILL, ["1.mp4"]), (signal.SIGSEGV, [])], ids=str)
+def test_a_decoder_that_is_killed_is_one_video_and_is_tried_again(here, tmp_path, monkeypatch, whole, number, again):
+    """The system kills for want of memory; where the decoder crashes, the file is at fault, and will be again."""
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "read_header", killed)
+        patch.setattr("sdr.decoding.Worker.read_header", ends_by(number))
         assert main(here) == 1
     table = score_runs.results(tmp_path / "out")["table"]
-    assert [row["reason"] for row in table[:3]] == ["", "decoder process died (signal 9)", ""]
+    assert [row["reason"] for row in table[:3]] == ["", f"decoder process died (signal {number})", ""]
     names = scored(monkeypatch)
     assert main(here) == 1
-    assert names == ["1.mp4"]
-    assert score_runs.results(tmp_path / "out") == whole.results
+    assert names == again
+    assert (score_runs.results(tmp_path / "out") == whole.results) == bool(again)
+
+
+@pytest.mark.promise(row="isolation")
+def test_a_decoder_that_takes_too_long_is_tried_again(here, tmp_path, monkeypatch, whole):
+    assert main([*here, "--limits.seconds", "0.000001"]) == 1
+    table = score_runs.results(tmp_path / "out")["table"]
+    assert all(row["reason"].startswith("not decoded within 1e-06 s") for row in table[:-1])
+    names = scored(monkeypatch)
+    assert main([*here, "--limits.seconds", "0.000001"]) == 1
+    assert names == EVERY[:-1]
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise(row="pre-emption")
+def test_a_run_that_is_ended_writes_no_report(here, tmp_path, monkeypatch, capsys):
+    from sdr.score_run import KeptScores
+
+    def keep(self, video, *arguments):
+        write(self, video, *arguments)
+        if video.name == "2.mp4":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    write, before = KeptScores.keep, signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(KeptScores, "keep", keep)
+    monkeypatch.setattr("sdr.report.render_report", lambda *arguments: pytest.fail("there is no time for that"))
+    assert main(here) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"sdr score: interrupted after 3 of {VIDEOS} videos; the same command goes on" in capsys.readouterr().err
+    assert len((tmp_path / "out/scores.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "out/scores.csv").read_text().splitlines()) == 1 + 3
+    assert not (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.promise(row="pre-emption")
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("recall", "interrupted; the same"), ("read", f"interrupted after {VIDEOS} of {VIDEOS} videos; the same")],
+)
+def test_reading_what_is_kept_ends_at_once(here, finished, whole, monkeypatch, capsys, where, said):
+    from sdr.score_run import KeptScores
+
+    def ended(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(self, *arguments, **options)
+
+    calls, call = [], getattr(KeptScores, where)
+    monkeypatch.setattr(KeptScores, where, ended)
+    assert main(here) == 143
+    assert len(calls) == 2
+    assert said in capsys.readouterr().err
+    assert score_runs.results(finished) == whole.results  # as they were
+    assert [path for path in finished.rglob(".*")] == []
+
+
+def test_signals_are_handled_where_they_may_be(here, finished):
+    """In the main thread; what a user has ignored, as nohup does, stays so."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(here)))
+    thread.start()
+    thread.join()
+    assert codes == [1]
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with stopping() as stop:
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not stop()
+            assert signal.getsignal(signal.SIGUSR1) == stop.note
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_only_the_first_signal_interrupts_and_a_second_interrupt():
+    stop = Stop()
+    with pytest.raises(KeyboardInterrupt), stop.at_once():
+        stop.note(signal.SIGTERM, None)
+    assert stop.code == 143
+    stop.interruptible = True
+    with pytest.raises(KeyboardInterrupt):  # as in the last line of at_once
+        stop.note(signal.SIGTERM, None)
+    try:
+        stop.note(signal.SIGTERM, None)  # where something may be half written
+    except KeyboardInterrupt:
+        pytest.fail("what ends was interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        stop.note(signal.SIGINT, None)
+    assert stop.code == 143
+
+
+def test_results_are_a_sequence(tmp_path, videos):
+    from sdr.score import ScoreConfig, VideoScore
+    from sdr.score_run import KeptScores, Results
+
+    kept = KeptScores(tmp_path, ScoreConfig(), {})
+    pairs = [(videos / name, None) for name in EVERY]
+    for video, _ in pairs:
+        kept.keep(video, None, VideoScore(str(video), None, "inconclusive"))
+    results = Results(kept, pairs, pictures=True)
+    assert [Path(result.path).name for result in results[1:3]] == EVERY[1:3]
+    assert results[-1].path == results[-1:][0].path

@@ -20,17 +20,21 @@ from pathlib import Path
 import forked, torch
 from sdr.checkpoint import load_model
 from sdr.score import ScoreConfig, Scorer
-from sdr.score_command import score_all
-from sdr.score_run import KeptScores, stopping
+from sdr.score_command import recall_all, score_all
+from sdr.score_run import KeptScores
+from sdr.stopping import stopping
 
 def usage():
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what is freed and kept for later is no leak
     pages = int(Path("/proc/self/statm").read_text().split()[1])
+    # the folder is the whole machine's: what this process has mapped, and what bears its number
+    mapped = {line.split("/dev/shm/")[1].split()[0] for line in open("/proc/self/maps") if "/dev/shm/" in line}
+    named = {name for name in os.listdir("/dev/shm") if str(os.getpid()) in name.split("_")}
     children = [p.read_text().split() for p in Path("/proc/self/task").glob("*/children")]
     return {"memory": pages * os.sysconf("SC_PAGE_SIZE"), "descriptors": len(os.listdir("/proc/self/fd")),
             "threads": len(os.listdir("/proc/self/task")), "processes": sum(map(len, children)),
-            "shared memory": len(os.listdir("/dev/shm"))}
+            "shared memory": len(mapped | named)}
 
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
@@ -45,7 +49,8 @@ for number in range(count):  # the same bytes under other names, each a video to
 warm, found = max(4, count // 10), []
 with stopping() as stop:
     for part in (videos[:warm], videos[warm:]):
-        records = score_all(scorer, part, kept, folder / "scores.jsonl", stop)
+        records = recall_all(part, kept, folder / "scores.jsonl", stop)
+        score_all(scorer, part, records, kept, folder / "scores.jsonl", stop)
         assert all(record["score"] is not None and record["clips"] == int(sys.argv[3]) for record in records)
         del records
         found.append(usage())
