@@ -1,6 +1,7 @@
 """Whether a clip cache holds what its manifest says, and whether its splits keep identities apart."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,7 @@ def check_shard(folder: Path, shape: tuple[int, ...], name: str, rows: list[dict
     """What is wrong with one shard, at most one line."""
     path = folder / name
     try:
-        require_inside(folder, path)
+        require_inside(os.path.realpath(folder), path)
         if read_shard(path, shape) != rows:
             raise SDRError(path, f"does not hold what {MANIFEST} says")
         with open(path, "rb") as file:

@@ -144,8 +144,8 @@ def read_weights(path: str | Path, expected: str = FORMAT) -> tuple[dict[str, Te
     return tensors, metadata
 
 
-def say(error: Exception) -> str:
-    """An error about a file in one line of bounded length: it may quote what is in there."""
+def say(error: object) -> str:
+    """An error about a file, or what is in there, in one line of bounded length."""
     return escape(str(error).split("\n")[0][:300])
 
 
@@ -187,7 +187,7 @@ def load_model(path: str | Path, kind: type | None = None) -> tuple[FTCN | SDRMo
     except (KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise SDRError(path, f"describes a model that this version cannot build: {say(error)}") from error
     if expects != preprocessing(config):
-        raise SDRError(path, f"was trained with preprocessing that this version does not do: {str(expects)[:300]!a}")
+        raise SDRError(path, f"was trained with preprocessing that this version does not do: {say(expects)}")
     model.weights_info = info
     return model.eval(), info
 

@@ -1,11 +1,16 @@
 """The command line: sdr score | synth | prepare | train | evaluate | reproduce | study | profile | convert.
 
 Exit codes: 0 all done; 1 some videos were not scored or prepared, or a check found something; 2 the command could not
-be done: bad usage, or a file or setting that it cannot do without is unusable; 130 interrupted, 143 ended by SIGTERM.
+be done: bad usage, or a file or setting that it cannot do without is unusable; 130 interrupted, 143 ended by SIGTERM,
+141 nobody reads what is printed.
 """
 
+import io
+import os
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +31,7 @@ def build_parser(argv: Sequence[str] = ()):
     Args:
         argv: the command line, whose ``--preset`` gives the defaults of those that train.
     """
-    from jsonargparse import ArgumentParser
+    import jsonargparse
 
     import sdr
     from sdr.cutting import PrepareConfig
@@ -35,6 +40,9 @@ def build_parser(argv: Sequence[str] = ()):
     from sdr.score import ScoreConfig
     from sdr.synth import synthesize
 
+    jsonargparse.set_parsing_settings(import_path_denylist=["*"])  # no option names a class
+    # spelled in part, --config would be read without having been looked through
+    ArgumentParser = partial(jsonargparse.ArgumentParser, allow_abbrev=False)
     parser = ArgumentParser(prog="sdr", description=sdr.__doc__, version=sdr.__version__)
     commands = parser.add_subcommands()
 
@@ -117,7 +125,16 @@ def build_parser(argv: Sequence[str] = ()):
     convert.add_argument("--num_branches", type=int, default=4, help="of --to sdr")
     convert.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands.add_subcommand("convert", convert)
+    for command in commands.choices.values():
+        leave_out_sections(command)
     return parser
+
+
+def leave_out_sections(parser) -> None:
+    """Take away the options that open a file for a whole section, as `--model` for `--model.width` and its like."""
+    options = parser._option_string_actions
+    for name in [name for name in options if any(other.startswith(f"{name}.") for other in options)]:
+        options.pop(name).help = SUPPRESS
 
 
 def add_face_arguments(parser) -> None:
@@ -137,6 +154,8 @@ def add_device_argument(parser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = files_first(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a locale may not know the letters of a path
     try:
         parser = build_parser(argv)
     except SDRError as error:
@@ -144,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         arguments = parser.parse_args(argv)
-    except (OverflowError, RecursionError) as error:  # of a number, or of brackets, that no setting has
+    except (ImportError, OverflowError, RecursionError) as error:  # of a class, number or brackets that no setting has
         print(f"sdr: options: {error}", file=sys.stderr)
         return 2
     command = arguments.subcommand
@@ -152,7 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with refusals():
             options = parser.instantiate(arguments)[command]
-        return run(options)
+        code = run(options)
+        sys.stdout.flush()
+        return code
     except SDRError as error:
         if arguments[command].debug:
             raise
@@ -161,6 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"sdr {command}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read what is printed has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     finally:
         leave_processes()
 

@@ -33,7 +33,7 @@ from sdr.files import BoundedFile, atomic_file
 
 SETTINGS, MANIFEST, REPORT, SHARDS = "prepare.json", "manifest.parquet", "unusable.csv", "shards"
 MANIFEST_ROWS = 65536  # of a row group
-MAX_VALUES = 4096  # of a list in a row: frames of a clip
+VALUES, VALUES_PER_BYTE = 1 << 22, 16  # of a manifest at most: so many, and so many more for each of its bytes
 ROW_LEAST_BYTES = 16  # of a large manifest for each row: every clip has its own sha256
 ROW_BYTES = 1 << 20  # of a clip's JSON, and of what else a tar holds between clips, at most
 COLUMNS = {  # of the manifest, and PyArrow's name of their type
@@ -107,15 +107,15 @@ def read_shard(path: Path, shape: tuple[int, ...]) -> list[dict]:
         if os.path.exists(path) and not os.path.isfile(path):
             raise SDRError(path, "is not a regular file")
         with BoundedFile(path, ROW_BYTES) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            members = tar.getmembers()
-            if not members:
-                raise ValueError("it is empty")
-            for clip, row in zip(members[::2], members[1::2], strict=True):
+            members = iter(tar)  # not all at once: a small file can hold very many that are empty
+            for clip, row in zip(members, members, strict=True):
                 if not (clip.isreg() and row.isreg() and row.size <= ROW_BYTES):
                     raise ValueError(f"{clip.name} or {row.name} is no file of ours")
                 if clip.size != len(header) + math.prod(shape) or tar.extractfile(clip).read(len(header)) != header:
                     raise ValueError(f"{clip.name} is no clip of {list(shape)}")
                 rows.append(json.load(tar.extractfile(row)) | {"offset": clip.offset_data + len(header)})
+            if not rows:
+                raise ValueError("it is empty")
     except OSError as error:
         raise SDRError(path, f"cannot be read: {error.strerror or error}") from error
     except (tarfile.TarError, ValueError, TypeError, RecursionError) as error:
@@ -149,7 +149,7 @@ def read_manifest(folder: Path, columns: Sequence[str] | None = None) -> dict[st
     if not path.is_file():
         hint = "sdr prepare has not ended there" if (folder / SETTINGS).is_file() else "sdr prepare makes one"
         raise SDRError(folder, f"is no clip cache: it has no {MANIFEST}", hint)
-    require_inside(folder, path)
+    require_inside(os.path.realpath(folder), path)
     names, types = list(columns or COLUMNS), arrow_types()
     texts = [name for name in names if types[name] == pyarrow.string()]
     try:
@@ -184,14 +184,16 @@ def check_sizes(path: Path, metadata) -> None:
     size = path.stat().st_size
     if not 0 <= metadata.num_rows <= max(MANIFEST_ROWS, size // ROW_LEAST_BYTES):
         raise SDRError(path, f"is damaged: {metadata.num_rows} rows do not fit into {size} bytes")
+    left = VALUES + VALUES_PER_BYTE * size
     for group in range(metadata.num_row_groups):
         part = metadata.row_group(group)
         for number in range(part.num_columns):
             column = part.column(number)
             if column.compression not in ("SNAPPY", "UNCOMPRESSED"):  # others can make a thousand bytes of one
                 raise SDRError(path, f"is compressed by {column.compression}, which sdr prepare never does")
-            if not 0 <= column.num_values <= MANIFEST_ROWS * MAX_VALUES:
-                raise SDRError(path, f"is damaged: it says that it has {column.num_values} values in a group of rows")
+            left -= column.num_values
+            if column.num_values < 0 or left < 0:
+                raise SDRError(path, f"is damaged: it says that it has more values than fit into {size} bytes")
 
 
 def check_types(path: Path, wanted: dict, found: dict) -> None:
@@ -240,7 +242,7 @@ def read_settings(folder: Path) -> dict:
     if not path.exists():
         what = f"is no clip cache: it has no {SETTINGS}" if os.path.isdir(folder) else "no such folder"
         raise SDRError(folder, what, "sdr prepare makes a cache")
-    require_inside(folder, path)
+    require_inside(os.path.realpath(folder), path)
     found = read_json(path)
     try:
         for name in ("num_frames", "size"):
@@ -276,6 +278,7 @@ class ClipCache:
         self, folder: str | os.PathLike, *, split: str | None = None, methods: Sequence[str] | None = None
     ) -> None:
         self.folder = Path(folder)
+        self._home = os.path.realpath(folder)
         self.settings = read_settings(self.folder)
         self.shape = clip_shape(self.settings)
         names = ("video", "label", "method", "split", "identity", "clip", "shard", "offset")
@@ -326,7 +329,7 @@ class ClipCache:
         shard, offset, _ = self._places[index]
         clip = np.empty(self.shape, np.uint8) if out is None else out
         header = npy_header(self.shape)
-        require_inside(self.folder, self.folder / shard)
+        require_inside(self._home, self.folder / shard)
         try:
             with open(self.folder / shard, "rb") as file:
                 file.seek(offset - len(header))
@@ -338,10 +341,15 @@ class ClipCache:
         return clip
 
 
-def require_inside(folder: Path, path: Path) -> None:
-    """Raise SDRError where a file of a cache is a link out of it, or a pipe or device, which to open could block."""
-    if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
-        raise SDRError(path, "lies outside of the cache")
+def require_inside(home: str, path: Path) -> None:
+    """Raise SDRError where a file of a cache is a link out of it, or a pipe or device, which to open could block.
+
+    Args:
+        home: real path of the cache.
+        path: of the file.
+    """
+    if not os.path.realpath(path).startswith(os.path.join(home, "")):
+        raise SDRError(path, "lies outside of the cache", "a cache may be a link as a whole, no part of it")
     if os.path.exists(path) and not os.path.isfile(path):
         raise SDRError(path, "is not a regular file")
 

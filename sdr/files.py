@@ -154,7 +154,8 @@ def sole_writer(out: Path, command: str) -> Iterator[None]:
             descriptor = os.open(out, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise SDRError(out, f"another {command} is writing there", "wait for it to end, or choose another folder") from error
+            hint = "wait for it to end, or choose another folder"
+            raise SDRError(out, f"another {command} is writing there", hint) from error
         except OSError as error:
             raise SDRError(out, f"cannot be locked: {error.strerror}") from error
         yield

@@ -36,6 +36,7 @@ DTYPES = {
         "Short": torch.int16,
         "Char": torch.int8,
         "Byte": torch.uint8,
+        "Bool": torch.bool,
     }.items()
 }
 ORDERED_DICT, PARAMETER, TENSOR = (
@@ -47,6 +48,7 @@ KNOWN = {*DTYPES, ORDERED_DICT, PARAMETER, TENSOR}  # all that a program may nam
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 VALUES = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+CRC_HINT = "damaged, or saved after torch.serialization.set_crc32_options(False): save it again without that"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files before torch 1.6 begin
 DAMAGE = (
     zipfile.BadZipFile,
@@ -125,7 +127,8 @@ def open_torch_file(path: str | os.PathLike) -> Iterator[TorchFile]:
             archive = (Archive if file.read(2) == b"PK" else Legacy)(file)
             yield TorchFile(state_dict(archive.content), archive)
     except DAMAGE as error:
-        raise SDRError(path, f"is not a readable checkpoint: {escape(str(error)[:200])}") from error
+        hint = CRC_HINT if str(error).startswith("Bad CRC-32") else ""
+        raise SDRError(path, f"is not a readable checkpoint: {escape(str(error)[:200])}", hint) from error
     except ForeignError as error:
         raise SDRError(path, f"is not a bare state_dict of dense tensors: {escape(str(error)[:200])}") from error
 
@@ -261,7 +264,10 @@ def follow(program: BinaryIO, storages: dict[str, Storage] | None = None) -> obj
                 fill(stack[-1], items)
             case "GLOBAL":
                 if argument not in KNOWN:
-                    raise ForeignError(f"it asks for {argument.replace(' ', '.')[:80]}, and no code of a file is run")
+                    name = argument.replace(" ", ".")[:80]
+                    if name.startswith("torch."):
+                        raise ForeignError(f"it holds {name}, which is no dense tensor of a known type")
+                    raise ForeignError(f"it asks for {name}, and no code of a file is run")
                 stack.append(Name(argument))
             case "BINPERSID":
                 storage = describe_storage(stack.pop())
@@ -310,9 +316,9 @@ def build(function: object, arguments: object) -> object:
         return {}
     if function == PARAMETER and arguments and isinstance(arguments[0], Stored):
         return arguments[0]
-    if function == TENSOR and len(arguments) >= 6:
+    if function == TENSOR and len(arguments) in (6, 7) and not any(arguments[6:]):  # such as a sign to be turned
         return describe_tensor(*arguments[:4])
-    raise ForeignError(f"it calls {function} in a way of its own")
+    raise ForeignError(f"it calls {function.replace(' ', '.')} in a way of its own")
 
 
 def describe_storage(persistent: object) -> Storage:
@@ -327,14 +333,16 @@ def describe_storage(persistent: object) -> Storage:
 
 
 def describe_tensor(storage: object, offset: object, shape: object, stride: object) -> Stored:
-    """A tensor, found to lie in its storage and to have no more elements than that."""
+    """A tensor, found to lie in its storage and to have no more elements than are stored."""
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise TypeError("it has a tensor of what is no storage")
     if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS or not all(map(is_size, (offset, *shape, *stride))):
         raise ValueError("it has a tensor of a wrong shape")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if 0 not in shape and (last >= storage.numel or math.prod(shape) > storage.numel):
+    if 0 not in shape and last >= storage.numel:
         raise ValueError(f"its storage {storage.key} is smaller than its tensor of the shape {list(shape)}")
+    if math.prod(shape) > storage.numel:
+        raise ForeignError(f"it has a tensor of more elements than it stores: {list(shape)} of {storage.numel}")
     return Stored(storage, offset if 0 not in shape else 0, torch.Size(shape), stride)
 
 

@@ -330,8 +330,13 @@ def odd_object(rng: np.random.Generator, tensors: Mapping[str, torch.Tensor]) ->
     """Something that torch.save can write, and that is no sound state_dict."""
     name = pick(rng, sorted(tensors))
     value = tensors[name]
+    noted = torch.nn.Parameter(value.float())
+    noted.note = 3  # which is saved with it
     others = (
         value.new_zeros(1).expand(10**12),
+        value.new_zeros(()).expand(value.shape),
+        torch.imag(torch.tensor([1 + 2j, 3 - 4j]).conj()),
+        noted,
         torch.zeros(2, 2).to_sparse(),
         torch.zeros(1, device="meta"),
         torch.zeros(2, dtype=torch.complex64),

@@ -256,7 +256,7 @@ FAULTS = (
     Fault(
         "clip cache: a shard may lie elsewhere",
         "sdr/clip_cache.py",
-        "        require_inside(self.folder, self.folder / shard)\n",
+        "        require_inside(self._home, self.folder / shard)\n",
         "",
         "tests/test_fuzz_datasets.py::test_a_shard_outside_of_the_cache_is_not_read",
     ),
@@ -462,5 +462,33 @@ FAULTS = (
         '"again": error.again}',
         '"again": False}',
         "tests/test_score_killed.py -k decoder_that",
+    ),
+    Fault(
+        "configuration: a section may be read from a file",
+        "sdr/cli.py",
+        "        leave_out_sections(command)\n",
+        "        command.format_usage()\n",
+        "tests/test_fuzz_configs.py -k other_option",
+    ),
+    Fault(
+        "configuration: a file that changes may import",
+        "sdr/cli.py",
+        '    jsonargparse.set_parsing_settings(import_path_denylist=["*"])',
+        "    jsonargparse.set_parsing_settings()",
+        "tests/test_fuzz_configs.py -k changed_after",
+    ),
+    Fault(
+        "checkpoints: a tensor's negative bit is dropped",
+        "sdr/torch_file.py",
+        "len(arguments) in (6, 7) and not any(arguments[6:])",
+        "len(arguments) in (6, 7)",
+        "tests/test_fuzz_checkpoints.py -k otherwise",
+    ),
+    Fault(
+        "clip cache: rows of the manifest are not counted",
+        "sdr/clip_cache.py",
+        "left -= column.num_values",
+        "left -= 0",
+        "tests/test_fuzz_datasets.py -k fill_the_memory",
     ),
 )

@@ -277,7 +277,7 @@ def test_demonstration_weights_say_what_they_are():
         ("config", "[]", "cannot build"),
         ("info", "{", "cannot build"),
         ("model", "GPT", "cannot build"),
-        ("preprocessing", json.dumps({"mean": [0, 0, 0]}), "preprocessing that this version does not do"),
+        ("preprocessing", json.dumps({"mean": [0, 0, 0]}), "preprocessing that this version does not do: {'mean': "),
     ],
 )
 def test_odd_metadata_is_one_line(saved, field, value, message):

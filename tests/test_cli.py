@@ -370,3 +370,34 @@ def test_convert(tmp_path, capsys):
     (tmp_path / "x.pth").write_bytes(b"PK\x03\x04garbage")
     assert main(["convert", str(tmp_path / "x.pth"), str(tmp_path / "y.safetensors")]) == 2
     assert "x.pth: is not a readable checkpoint" in capsys.readouterr().err
+
+
+def convert_that_prints(text: str, stdout, encoding: str) -> tuple[int, str]:
+    """Exit code and standard error of a command whose work is to print."""
+    code = f"""
+import sys
+from sdr import cli
+cli.COMMANDS["convert"] = lambda options: print({text!a}) or 0
+sys.exit(cli.main(["convert", "a", "b"]))
+"""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.promise(row="odd surroundings")
+def test_letters_that_the_locale_does_not_know(tmp_path):
+    with open(tmp_path / "out", "wb") as out:
+        assert convert_that_prints("中", out, "ascii") == (0, "")
+    assert (tmp_path / "out").read_text() == "\\u4e2d\n"
+
+
+def test_nobody_reads_what_is_printed():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        assert convert_that_prints("x", write, "utf-8") == (141, "")
+    finally:
+        os.close(write)

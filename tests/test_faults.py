@@ -327,7 +327,9 @@ def test_two_at_once_in_one_folder_are_refused(go, case, tmp_path):
     descriptor = os.open(tmp_path / "out", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        assert one_line(go(), case).endswith("another sdr score is writing there")
+        assert one_line(go(), case).endswith(
+            "another sdr score is writing there (wait for it to end, or choose another folder)"
+        )
     finally:
         os.close(descriptor)
     assert prepared(tmp_path / "out") == before

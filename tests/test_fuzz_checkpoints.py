@@ -97,7 +97,7 @@ def read_cases(kinds: tuple[str, ...], folder: Path, count: int) -> None:
     sys.addaudithook(lambda event, args: opened.append(f"{event} {args[0]!r}") if event in WATCHED else None)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it is doing
     os.chdir(folder)
-    for codec in ("cp437", "unicode_escape"):  # now, so that Python's own are not among what a checkpoint opens
+    for codec in ("cp437", "unicode_escape", "raw_unicode_escape"):  # which Python opens when it needs them
         "".encode(codec)
     ends: Counter[str] = Counter()
     slowest = 0.0
@@ -176,7 +176,10 @@ def test_every_flipped_bit_of_our_weights_is_found(tmp_path, record_property):
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_our_reader_gives_what_torch_load_gives(tmp_path, legacy):
     base = torch.arange(24.0)
-    state = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).state_dict()
+    # as FTCN's was saved: module. before every name, versions on the dict, counts of batches as int64 without a shape
+    state = torch.nn.DataParallel(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))).state_dict()
+    assert state["module.1.num_batches_tracked"].shape == ()
+    assert "module.1" in state._metadata
     state |= {
         "view": base.reshape(4, 6)[1:3, ::2].t(),
         "tied": base,
@@ -186,6 +189,7 @@ def test_our_reader_gives_what_torch_load_gives(tmp_path, legacy):
     state |= {
         "parameter": torch.nn.Parameter(torch.ones(2)),
         "byte": torch.arange(5, dtype=torch.uint8),
+        "bool": torch.tensor([True, False]),
         "one": torch.tensor(1),
     }
     (tmp_path / "x.pth").write_bytes(saved(state, legacy=legacy))
@@ -196,6 +200,36 @@ def test_our_reader_gives_what_torch_load_gives(tmp_path, legacy):
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        # its sign stands beside the numbers: torch.load gives -2 and 4, the numbers are 2 and -4
+        (
+            torch.imag(torch.tensor([1 + 2j, 3 - 4j]).conj()),
+            "it calls torch._utils._rebuild_tensor_v2 in a way of its own",
+        ),
+        (torch.zeros(1).expand(3), r"it has a tensor of more elements than it stores: \[3\] of 1"),
+        (torch.zeros(2, 2).to_sparse(), r"it holds torch\._utils\._rebuild_sparse_tensor, which is no dense tensor"),
+    ],
+    ids=["sign", "expanded", "sparse"],
+)
+def test_what_our_reader_would_give_otherwise_is_refused(tmp_path, legacy, value, said):
+    (tmp_path / "x.pth").write_bytes(saved({"n": value}, legacy=legacy))
+    with pytest.raises(SDRError, match=said), open_torch_file(tmp_path / "x.pth"):
+        pass
+
+
+def test_a_zip_without_checksums_says_how_it_came(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        (tmp_path / "x.pth").write_bytes(saved({"a": torch.ones(3)}, legacy=False))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with pytest.raises(SDRError, match=r"Bad CRC-32 .*set_crc32_options\(False\)"), open_torch_file(tmp_path / "x.pth"):
+        pass
 
 
 def test_what_a_pickle_nests_is_neither_hashed_nor_run(tmp_path):

@@ -121,6 +121,22 @@ KEYS += (
     "tpa",
     "",
 )
+SPELLINGS = (  # none is an option
+    *(f"{name} c.yaml" for name in ("--conf", "--model", "--grouped", "--tpa")),
+    *(f"{name}=c.yaml" for name in ("--confi", "--loader", "--loss", "--limits")),
+    *("--model=evil.Foo", "--tpa.class_path=evil.Foo"),
+)
+COMMANDS = {  # and what each cannot do without
+    "score": "x.mp4",
+    "synth": "out",
+    "prepare": "root",
+    "train": "--data cache --out run",
+    "evaluate": "x.safetensors cache",
+    "reproduce": "table1 --data cache",
+    "study": "heldout",
+    "profile": "",
+    "convert": "a.pth b.safetensors",
+}
 
 
 @pytest.fixture
@@ -195,12 +211,10 @@ def opened():
     noting.clear()
 
 
-def end(capsys, command: tuple[str, ...]) -> tuple[int, str]:
+def end(capsys, command: tuple[str, ...], given: str = "--config c.yaml") -> tuple[int, str]:
     """Exit code and what was said on standard error."""
     try:
-        code = main(
-            [*command, "--config", "c.yaml", "--out", "run", *([] if command[0] == "profile" else ["--data", "cache"])]
-        )
+        code = main([*command, *given.split()])
     except SystemExit as stop:
         code = stop.code
     return code, capsys.readouterr().err
@@ -218,21 +232,24 @@ def test_mutated_configurations_are_settings_or_refused(folder, capsys, opened, 
         again = draws.replay(f"test_fuzz_configs.py -k 'mutated and {part}'", number)
         rng = draws.draw("config", number)
         data = draw_file(rng)
+        given = SPELLINGS[int(rng.integers(len(SPELLINGS)))] if rng.random() < 0.2 else "--config c.yaml"
         (folder / "c.yaml").write_bytes(data)
         opened.clear()
         began = time.monotonic()
         try:
-            code, said = end(capsys, ("train",))
+            code, said = end(capsys, ("train", "--data", "cache", "--out", "run"), given)
         except BaseException as error:
-            pytest.fail(f"{error!r}\n{data[:300]!r}\n{again}")
+            pytest.fail(f"{error!r}\n{given}\n{data[:300]!r}\n{again}")
         seconds = time.monotonic() - began
         slowest = max(slowest, seconds)
         assert code == 2, again  # no cache is there
         assert "Traceback" not in said, again
         assert len(said) < 20_000, again
         sound += "sdr train: cache: no such folder" in said or "sdr train: " in said
-        foreign = [event for event in opened if not event.endswith(("c.yaml", f"{folder}", "cache"))]
-        assert not foreign, f"{foreign}\n{data[:300]!r}\n{again}"
+        known = (f"{folder}", "cache", *(["c.yaml"] if given == "--config c.yaml" else []))
+        foreign = [event for event in opened if not event.endswith(known)]
+        assert not foreign, f"{foreign}\n{given}\n{data[:300]!r}\n{again}"
+        assert "evil" not in sys.modules, again
         assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == [
             "c.yaml",
             "evil.py",
@@ -316,5 +333,28 @@ def test_every_preset_can_be_read(folder):
 @pytest.mark.parametrize("command", [("reproduce", "table1"), ("profile",), ("study", "synthetic")], ids=str)
 def test_every_command_that_takes_a_file_looks_through_it(folder, capsys, opened, command):
     (folder / "c.yaml").write_text(laughs(9))
-    code, said = end(capsys, command)
+    code, said = end(capsys, (*command, "--out", "run", *([] if command[0] == "profile" else ["--data", "cache"])))
     assert (code, "has an anchor or alias" in said) == (2, True), said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_other_option_opens_a_file_of_settings(folder, capsys, opened, command):
+    """Neither --config spelled in part, nor a whole section out of a file or by the name of a class."""
+    end(capsys, (command,), f"{COMMANDS[command]} --none")  # what the first command imports, it opens
+    for given in SPELLINGS:
+        text = "model: {class_path: evil.Foo}" if "conf" in given else "class_path: evil.Foo"
+        (folder / "c.yaml").write_text(text)
+        opened.clear()
+        code, said = end(capsys, (command,), f"{COMMANDS[command]} {given}")
+        assert (code, "unrecognized arguments: --" in said) == (2, True), f"{given}: {said}"
+        assert not opened, f"{given}: {opened}"
+        assert "evil" not in sys.modules, given
+
+
+@pytest.mark.parametrize("text", ["model: {class_path: evil.Foo}", "model: evil.Foo"])
+def test_what_was_changed_after_it_was_looked_through_is_not_imported(folder, capsys, monkeypatch, text):
+    (folder / "c.yaml").write_text(text)
+    monkeypatch.setattr("sdr.train_command.read_settings_file", lambda path, sections: {})
+    code, said = end(capsys, ("train", "--data", "cache", "--out", "run"))
+    assert (code, "Importing 'evil.Foo' is not allowed" in said, "Traceback" in said) == (2, True, False), said
+    assert "evil" not in sys.modules

@@ -113,7 +113,7 @@ def mutate_manifest(rng: np.random.Generator, path: Path) -> None:
     from pyarrow import parquet
 
     table = parquet.read_table(path)
-    name, kind = pick(rng, list(COLUMNS)), rng.integers(7)
+    name, kind = pick(rng, list(COLUMNS)), rng.integers(8)
     options = {"compression": pick(rng, ("snappy", "snappy", "zstd", "gzip", "none"))}
     if kind == 0:
         table = table.drop_columns([name])
@@ -142,9 +142,21 @@ def mutate_manifest(rng: np.random.Generator, path: Path) -> None:
         )
     elif kind == 5:  # very many rows, of almost no bytes
         table = pyarrow.concat_tables([table] * int(rng.integers(1, 40_000))).combine_chunks()
+    elif kind == 6:  # rows of long lists, all alike
+        table = long_lists(table, int(rng.integers(1, 5000)), int(rng.integers(1, 4097)))
     else:
         table = table.slice(0, int(rng.integers(len(table))))
     parquet.write_table(table, path, **options)
+
+
+def long_lists(table, rows: int, length: int):
+    """The first row of a manifest, ``rows`` times, with ``length`` equal frames in each."""
+    import pyarrow
+
+    many = pyarrow.concat_tables([table.slice(0, 1)] * rows).combine_chunks()
+    offsets = np.arange(rows + 1, dtype=np.int32) * length
+    frames = pyarrow.ListArray.from_arrays(offsets, np.zeros(rows * length, np.int32))
+    return many.set_column(many.column_names.index("frames"), "frames", frames)
 
 
 def mutate_shard(rng: np.random.Generator, path: Path) -> None:
@@ -326,7 +338,7 @@ def test_a_shard_outside_of_the_cache_is_not_read(tmp_path):
     shard.rename(tmp_path / "elsewhere.tar")
     shard.symlink_to(tmp_path / "elsewhere.tar")
     data = ClipCache(cache)
-    with pytest.raises(SDRError, match=r"000\.tar: lies outside of the cache"):
+    with pytest.raises(SDRError, match=r"000\.tar: lies outside of the cache \(a cache may be a link as a whole"):
         data.read(0)
     assert "lies outside of the cache" in check_cache(cache).problems[0]
     shard.unlink()
@@ -350,6 +362,17 @@ def test_a_tar_that_asks_for_all_memory_is_refused(tmp_path):
         tracemalloc.stop()
 
 
+def test_a_tar_of_very_many_empty_files_is_refused_at_the_first(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tarfile.TarInfo("x").tobuf() * 5000 + bytes(1024))
+    tracemalloc.start()
+    try:
+        with pytest.raises(SDRError, match=r"x\.tar: is no shard of clips: x is no clip"):
+            read_shard(tmp_path / "x.tar", (T, SIZE, SIZE, 3))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_manifest_that_would_fill_the_memory_is_refused(tmp_path):
     import pyarrow
     from pyarrow import parquet
@@ -359,6 +382,11 @@ def test_a_manifest_that_would_fill_the_memory_is_refused(tmp_path):
     parquet.write_table(pyarrow.concat_tables([table.slice(0, 1)] * 500_000).combine_chunks(), cache / MANIFEST)
     with pytest.raises(SDRError, match=r"is damaged: 500000 rows do not fit into \d+ bytes"):
         read_manifest(cache)
+    parquet.write_table(long_lists(table, 5000, 1000), cache / MANIFEST, row_group_size=1000)
+    with pytest.raises(SDRError, match=r"is damaged: it says that it has more values than fit into \d+ bytes"):
+        read_manifest(cache)
+    parquet.write_table(long_lists(table, 4000, 1000), cache / MANIFEST)
+    assert len(read_manifest(cache, ["frames"])["frames"]) == 4000
     parquet.write_table(table, cache / MANIFEST, compression="zstd")
     with pytest.raises(SDRError, match="is compressed by ZSTD"):
         read_manifest(cache)

@@ -614,7 +614,7 @@ def test_one_writer_at_a_time(dataset, cache, capsys):
         assert run(dataset, cache) == 2
     finally:
         os.close(descriptor)
-    assert one_line(capsys.readouterr().err).endswith("another sdr prepare is writing there")
+    assert one_line(capsys.readouterr().err).endswith("is writing there (wait for it to end, or choose another folder)")
 
 
 def test_a_folder_that_cannot_be_written(dataset, tmp_path, capsys):
