@@ -40,11 +40,11 @@ TURNS = {0: 0, 90: TRANSPOSE | FLIP_Y, 180: FLIP_X | FLIP_Y, 270: TRANSPOSE | FL
 
 
 class RefusedError(Exception):
-    """The video cannot or may not be decoded; ``log``: FFmpeg's first message says more."""
+    """The video cannot or may not be decoded; ``log``: FFmpeg's first message says more; ``again``: see SDRError."""
 
-    def __init__(self, what: str, hint: str = "", *, log: bool = False) -> None:
+    def __init__(self, what: str, hint: str = "", *, log: bool = False, again: bool = False) -> None:
         super().__init__(what)
-        self.record = {"what": what, "hint": hint, "log": log}
+        self.record = {"what": what, "hint": hint, "log": log, "again": again}
 
 
 class SharedFile:
@@ -80,11 +80,15 @@ def confine(job: dict) -> None:
     if job["decoder"] == "pyav":
         limits["AS"] = job["memory"]
     for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
-        most = resource.getrlimit(kind)[1]  # of the user, who may have a lower one
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
-        resource.setrlimit(kind, (value, value))
+        set_limit(getattr(resource, f"RLIMIT_{name}"), value)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+
+
+def set_limit(kind: int, value: int) -> None:
+    """``kind``: of RLIMIT_*. The user's own limit stays where it is lower."""
+    most = resource.getrlimit(kind)[1]
+    value = value if most == resource.RLIM_INFINITY else min(value, most)
+    resource.setrlimit(kind, (value, value))
 
 
 def open_nothing_more(later: int = 0, *, gpu: bool = False) -> str:

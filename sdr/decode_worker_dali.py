@@ -42,6 +42,7 @@ from sdr.decode_worker import (
     select_stream,
     send,
     send_json,
+    set_limit,
 )
 
 CPU_CODECS = frozenset(("vp8", "vp9", "mjpeg"))
@@ -115,7 +116,7 @@ class Dali:
                 pipeline.set_outputs(fn.decoders.video(encoded, **window, **device, pad_mode="none"))
             pipeline.build()
         except RuntimeError as error:
-            raise refusal(_cause(error)) from None
+            raise refusal(_cause(error), again=True) from None
         return pipeline
 
 
@@ -130,8 +131,7 @@ def _cause(error: RuntimeError) -> str:
 def decode(fd: int, job: dict) -> None:
     """Sends the whole video: HEADER, FRAMES, END. Raises RefusedError or MemoryError."""
     gpu = _has_gpu()
-    memory = job["memory"] + CUDA_MEMORY * gpu
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    set_limit(resource.RLIMIT_DATA, job["memory"] + CUDA_MEMORY * gpu)
     data = _read(fd, job["memory"] // WINDOW_SHARE)
     dali = Dali(data, gpu=gpu)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if gpu else 0  # CUDA opens its devices again and again
@@ -156,12 +156,12 @@ def _has_gpu() -> bool:
     try:
         from nvidia.dali import backend
     except ImportError as error:
-        raise refusal(f"DALI cannot be imported: {error}") from None
+        raise refusal(f"DALI cannot be imported: {error}", again=True) from None
     return backend.GetCUDADeviceCount() > 0
 
 
-def refusal(reason: str, *, log: bool = False) -> RefusedError:
-    return RefusedError(f"not decoded by DALI: {reason}", "--decoder pyav", log=log)
+def refusal(reason: str, *, log: bool = False, again: bool = False) -> RefusedError:
+    return RefusedError(f"not decoded by DALI: {reason}", "--decoder pyav", log=log, again=again)
 
 
 def _read(fd: int, limit: int) -> bytes:
@@ -183,8 +183,10 @@ def _first_frame(data: bytes, job: dict, gpu: bool):
     info = describe(container, stream, job)
     if len(container.streams.video) > 1:
         raise refusal("it has several picture streams")
-    if info["codec"] not in (GPU_CODECS if gpu else CPU_CODECS):
-        raise refusal(f"{info['codec']} needs another decoder" if gpu else f"{info['codec']} needs a GPU")
+    if info["codec"] not in GPU_CODECS:
+        raise refusal(f"{info['codec']} needs another decoder")
+    if not gpu and info["codec"] not in CPU_CODECS:
+        raise refusal(f"{info['codec']} needs a GPU", again=True)
     frame = next(Decoder(container, stream, job).frames(), None)
     if frame is None:
         raise RefusedError("no frame could be decoded", log=True)
@@ -339,8 +341,10 @@ class Reading:
         """
         for place, ours in enumerate(frames if self._truth else (), start):
             theirs = next(self._true_frames, None)
-            if self._truth.failed or theirs is None:
+            if self._truth.failed:
                 return f"damaged: packets that could not be decoded: {self._truth.failed}"
+            if theirs is None:
+                return f"damaged: PyAV decodes {place} frames"
             if (ours != self._picture.rgb(theirs).to_ndarray()).any():
                 return f"frame {place} is another picture than PyAV's"
         return ""

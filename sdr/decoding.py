@@ -10,6 +10,7 @@ import math
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,10 @@ MIB = 2**20
 
 DecoderName = Literal["pyav", "dali", "auto"]
 DECODERS = ("pyav", "dali", "auto")
+
+# the decoding process's environment, by how names begin: what the loader, Python and CUDA go by; others may be secrets
+KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LC_", "LD_", "PYTHON", "CUDA_", "NVIDIA_", "DALI_")
+SET = {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}  # an arena costs 64 MiB of addresses, NumPy's threads memory
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ CONFINED_FIELDS = {"unfiltered": str}
 HEADER_FIELDS = {"demuxer": str, "codec": str, "log_bytes": int, "frames": int, "width": int, "height": int}
 HEADER_FIELDS |= {"fps": float, "duration": float}
 END_FIELDS = {"read": int, "corrupt": int, "failed": int, "stopped": str}
-REFUSAL_FIELDS = {"what": str, "hint": str, "log": bool}
+REFUSAL_FIELDS = {"what": str, "hint": str, "log": bool, "again": bool}
 
 
 class Worker:
@@ -95,7 +100,7 @@ class Worker:
                 stderr=self._log,
                 pass_fds=(fd,),
                 bufsize=0,
-                env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # each further arena costs 64 MiB of address space
+                env=_environment(),
             )
         except BaseException:
             os.close(self._log)
@@ -156,7 +161,8 @@ class Worker:
         if kind == decode_worker.REFUSAL:
             refusal = self._read_json(size, REFUSAL_FIELDS)
             said = [refusal["hint"], *(self.log()[:1] if refusal["log"] else [])]
-            raise SDRError(self.path, escape(refusal["what"]), escape("; ".join(filter(None, said))))
+            hint = escape("; ".join(filter(None, said)))
+            raise SDRError(self.path, escape(refusal["what"]), hint, again=refusal["again"])
         return kind, size
 
     def _read_json(self, size: int, fields: dict[str, type]) -> dict:
@@ -179,7 +185,7 @@ class Worker:
             ready = self._poll.poll(max(0.0, self.limits.seconds - self.waited) * 1000)
             self.waited += time.monotonic() - start
             if not ready:
-                raise SDRError(self.path, f"not decoded within {self.limits.seconds:g} s")
+                raise SDRError(self.path, f"not decoded within {self.limits.seconds:g} s", again=True)
             received = os.readv(self._pipe, [view])
             if not received:
                 raise self._death()
@@ -189,14 +195,21 @@ class Worker:
     def _death(self) -> SDRError:
         status = self._process.wait()
         if status < 0:
-            return SDRError(self.path, f"decoder process died (signal {-status})")
+            ended = -status in (signal.SIGKILL, signal.SIGTERM)  # by somebody, not by a fault of its own
+            return SDRError(self.path, f"decoder process died (signal {-status})", again=ended)
         if status == decode_worker.OUT_OF_MEMORY:
-            return SDRError(self.path, f"decoding needs more than {self.limits.memory // MIB} MiB of memory")
+            reason = f"decoding needs more than {self.limits.memory // MIB} MiB of memory"
+            return SDRError(self.path, reason, again=True)
         return SDRError(self.path, f"decoder process failed (status {status})", "".join(self.log()[-1:]))
 
     def _expect(self, condition: bool) -> None:
         if not condition:
             raise SDRError(self.path, "decoder process sent an impossible record")
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT)}
+    return kept | SET
 
 
 @functools.cache  # once for this machine, not once per video

@@ -491,4 +491,32 @@ FAULTS = (
         "left -= 0",
         "tests/test_fuzz_datasets.py -k fill_the_memory",
     ),
+    Fault(
+        "decoding process: it is handed every variable",
+        "sdr/decoding.py",
+        "if name.startswith(KEPT)}",
+        "if name}",
+        "tests/test_video.py -k no_secret",
+    ),
+    Fault(
+        "decoding process: with a GPU it may signal others",
+        "sdr/confinement.py",
+        "setpriority ioprio_set fcntl ioctl",
+        "setpriority ioprio_set ioctl",
+        "tests/test_confinement.py -k on_a_gpu",
+    ),
+    Fault(
+        "decoding process: a user's lower limit is raised",
+        "sdr/decode_worker.py",
+        "value if most == resource.RLIM_INFINITY else min(value, most)",
+        "value",
+        "tests/test_decoders.py -k lower_limit",
+    ),
+    Fault(
+        "videos: a time-out is the file's own fault",
+        "sdr/decoding.py",
+        '{self.limits.seconds:g} s", again=True)',
+        '{self.limits.seconds:g} s")',
+        "tests/test_video.py -k given_up",
+    ),
 )

@@ -25,7 +25,7 @@ numbers = {name: row[confinement.MACHINES.get(machine, (0, 0))[1]] for name, row
 
 # becomes what the worker is before it reads a byte, by the worker's own functions, then runs the test's lines
 CONFINED = f"""
-import ctypes, json, mmap, os, resource, signal, socket, sys, threading, time, types
+import ctypes, fcntl, json, mmap, os, resource, signal, socket, struct, sys, threading, time, types
 package = types.ModuleType("sdr")
 package.__path__ = [{str(Path(decode_worker.__file__).parent)!r}]
 sys.modules["sdr"] = package
@@ -87,6 +87,16 @@ COMMON = """
     io_uring=lambda: libc.syscall(numbers["io_uring_setup"], 1, None),
     namespace=lambda: libc.unshare(0x10000000),
     mount=lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None),
+    new_mount=lambda: libc.syscall(numbers["fsopen"], b"tmpfs", 0),
+    limits_of_parent=lambda: libc.prlimit(parent, resource.RLIMIT_CORE, None, None),
+    priority_of_parent=lambda: libc.setpriority(0, parent, 0),
+    processors_of_parent=lambda: os.sched_setaffinity(parent, range(256)),
+    signals_to_parent=lambda: fcntl.fcntl(1, fcntl.F_SETOWN, parent),
+    signals_to_its_thread=lambda: fcntl.fcntl(1, 15, struct.pack("ii", 0, parent)),
+    which_signal=lambda: fcntl.fcntl(1, fcntl.F_SETSIG, signal.SIGKILL),
+    signals_by_ioctl=lambda: fcntl.ioctl(1, 0x8901, struct.pack("i", parent)),
+    typing=lambda: fcntl.ioctl(1, 0x5412, b"x"),
+    by_handle=lambda: libc.syscall(numbers["open_by_handle_at"], -1, None, 0),
 """
 
 
@@ -136,7 +146,8 @@ tell(thread=thread, threads=lambda: [thread() for _ in range(8)] and 0, sleep=la
 
 
 @filtered
-def test_a_decoder_on_a_gpu_keeps_what_cuda_needs_and_no_more_reach():
+def test_what_a_decoder_on_a_gpu_may_ask_for():
+    """All files that the user can open are among it: a filter sees no path."""
     answers = refusals(
         ON_A_GPU
         + f"""
@@ -145,11 +156,19 @@ tell({COMMON}
     local=lambda: socket.socket(socket.AF_UNIX).close(),
     code=lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC).close(),
     thread=thread,
+    write=lambda: os.close(os.open("/dev/null", os.O_WRONLY)),
+    own_limits=lambda: libc.prlimit(0, resource.RLIMIT_NOFILE, None, None),
+    limits_by_its_number=lambda: libc.prlimit(os.getpid(), resource.RLIMIT_NOFILE, None, None),
+    own_processors=lambda: os.sched_setaffinity(0, os.sched_getaffinity(0)),
+    flags=lambda: fcntl.fcntl(1, fcntl.F_GETFL),
+    terminal=lambda: fcntl.ioctl(1, 0x541B, bytes(4)),
+    file_of_parents_memory=lambda: os.close(os.open(f"/proc/{{parent}}/mem", os.O_RDWR)),
 )"""
     )
-    works = {"open", "local", "code", "thread"}
-    expected = {name: 0 if name in works else errno.EPERM for name in answers}
-    assert answers == expected
+    assert answers.pop("file_of_parents_memory") in (0, errno.EACCES)  # the system's answer, not the filter's
+    works = {"open", "local", "code", "thread", "write", "own_limits", "limits_by_its_number", "own_processors"}
+    works |= {"flags", "terminal"}
+    assert answers == {name: 0 if name in works else errno.EPERM for name in answers}
 
 
 @filtered
@@ -186,7 +205,7 @@ def test_numbers_are_the_kernels(name, column):
     header = Path("/usr/include") / name
     if not header.exists():
         pytest.skip("the kernel's headers are not installed")
-    found = dict(re.findall(r"#define __NR(?:3264)?_(\w+) (\d+)", header.read_text()))
+    found = dict(re.findall(r"#define __NR(?:3264)?_(\w+) +(\d+)", header.read_text()))
     found |= {"mmap": found.get("mmap", found.get("mmap2"))}
     expected = {call: str(numbers[column]) for call, numbers in confinement.NUMBERS.items() if numbers[column] >= 0}
     assert {call: found.get(call) for call in expected} == expected
@@ -230,6 +249,14 @@ WITHOUT = {
         "    def syscall(self, *args): ctypes.set_errno(38); return -1\n"
         "ctypes.CDLL = Without",
         "the kernel refuses: Function not implemented",
+    ),
+    "thread with another filter": (
+        "import ctypes; load = ctypes.CDLL\n"
+        "class Without:\n"
+        "    def __init__(self, *args, **kwargs): self.prctl = load(None).prctl\n"
+        "    def syscall(self, *args): return 7\n"
+        "ctypes.CDLL = Without",
+        "the kernel refuses: thread 7 has another filter",
     ),
 }
 

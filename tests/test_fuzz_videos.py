@@ -16,12 +16,12 @@ SAME = {"x264-params": "mbtree=0"}  # with macroblock trees x264 writes other by
 ORIGINALS = {
     "h264.mp4": {"options": SAME},
     "h265.mp4": KINDS["h265.mp4"],
+    "av1.mp4": KINDS["av1.mp4"],
     "fragmented.mp4": FRAGMENTED | {"options": FRAGMENTED["options"] | SAME},
     "prores.mov": KINDS["prores.mov"],
-    "h264.mkv": {"options": SAME},
+    "vp8.mkv": KINDS["vp8.webm"],
     "vp9-alpha.webm": KINDS["vp9-alpha.webm"],
     "mpeg4.avi": KINDS["mpeg4.avi"],
-    "mjpeg.avi": KINDS["mjpeg.avi"],
     "h264.ts": {"options": SAME},
     "mpeg1.mpg": KINDS["mpeg1.mpg"],
 }

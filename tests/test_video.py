@@ -33,6 +33,7 @@ from video_files import (
 )
 
 from sdr import decode_worker, video
+from sdr.decoding import KEPT, SET
 from sdr.errors import SDRError
 from sdr.video import Limits, open_video, sample_clips
 
@@ -53,14 +54,15 @@ def decode(path, **limits):
     return numbers, seconds, opened
 
 
-def error_of(path, **limits) -> str:
-    """The one line that a file is refused with."""
+def error_of(path, *, again: bool = False, **limits) -> str:
+    """The one line that a file is refused with; ``again``: the fault is the machine's."""
     with pytest.raises(SDRError) as caught, open_video(path, limits=Limits(**limits)) as opened:
         for _ in opened.frames():
             pass
     line = str(caught.value)
     assert line.isprintable()
     assert line.startswith(video.escape(path))
+    assert caught.value.again == again
     return line
 
 
@@ -294,8 +296,9 @@ def test_worker_that_sends_nonsense_is_one_line(tmp_path, monkeypatch, payload):
     records = [struct.pack("<cQ", kind, len(data)) + data for kind, data in ((b"C", confined), (b"H", payload))]
     script.write_text(f"import os\nos.write(1, {b''.join(records)!r})\n")
     monkeypatch.setattr("sdr.decode_worker.__file__", str(script))
-    with pytest.raises(SDRError, match="decoder process sent an impossible record"):
+    with pytest.raises(SDRError, match="decoder process sent an impossible record") as caught:
         open_video(path)
+    assert not caught.value.again
     assert_no_children()
 
 
@@ -505,7 +508,7 @@ def test_rejects_what_is_over_a_limit(tmp_path, name):
 @ISOLATED
 def test_rejects_pictures_that_do_not_fit_in_memory(tmp_path):
     path = barcode_video(tmp_path / "a.mp4", 3, (3840, 2160), options={"preset": "ultrafast"})
-    assert "decoding needs more than 160 MiB of memory" in error_of(path, memory=160 * 2**20)
+    assert "decoding needs more than 160 MiB of memory" in error_of(path, again=True, memory=160 * 2**20)
 
 
 @LIMITED
@@ -544,9 +547,10 @@ def test_what_is_no_file_is_refused_without_opening_it(tmp_path):
         Path("/dev/zero"): "not a file but a device",
         tmp_path / ("n" * 300): "File name too long",
     }
+    unreachable = {"No such file", "link to a missing file", "symbolic links", "File name too long"}
     with OpenWatch(tmp_path / "fifo.mp4") as watch:
         for path, reason in reasons.items():
-            assert reason in error_of(path)
+            assert reason in error_of(path, again=reason in unreachable)
         assert not watch.opened()
     with pytest.raises(SDRError, match="null"):
         open_video("a\0b")
@@ -607,8 +611,9 @@ def test_file_that_changes_between_passes(tmp_path):
         list(opened.frames())
         with path.open("ab") as file:
             file.write(b"more")
-        with pytest.raises(SDRError, match="changed while it was being read"):
+        with pytest.raises(SDRError, match="changed while it was being read") as caught:
             next(opened.frames())
+        assert caught.value.again
 
 
 # --- nothing else is ever opened --------------------------------------------------------------------------------------
@@ -733,7 +738,20 @@ def assert_no_children():
 
 
 @ISOLATED
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_decoder_gets_no_secret_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    for name in ("API_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "not to be told")
+    with open_video(barcode_video(tmp_path / "a.mp4", 40, (640, 480))) as opened:
+        environment = Path(f"/proc/{opened._workers[0]._process.pid}/environ").read_bytes()
+    assert b"not to be told" not in environment
+    names = {entry.partition(b"=")[0].decode() for entry in environment.split(b"\0") if entry}
+    assert {"LC_ALL", *SET} <= names
+    assert all(name.startswith((*KEPT, *SET)) for name in names)
+
+
+@ISOLATED
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_killed_worker_is_one_failed_file(tmp_path, number):
     # pictures of 640x480: far more than the pipe holds, so the worker still runs when the first one is here
     path = barcode_video(tmp_path / "a.mp4", 40, (640, 480))
@@ -741,8 +759,9 @@ def test_killed_worker_is_one_failed_file(tmp_path, number):
         frames = opened.frames()
         next(frames)
         os.kill(opened._workers[0]._process.pid, number)
-        with pytest.raises(SDRError, match=rf"decoder process died \(signal {int(number)}\)$"):
+        with pytest.raises(SDRError, match=rf"decoder process died \(signal {int(number)}\)$") as caught:
             list(frames)
+        assert caught.value.again == (number != signal.SIGSEGV)
         assert read_barcode(next(opened.frames())[1]) == 0  # and the next pass is whole again
     assert_no_children()
 
@@ -756,8 +775,9 @@ def test_stuck_worker_is_given_up_in_time(tmp_path):
         next(frames)
         os.kill(opened._workers[0]._process.pid, signal.SIGSTOP)
         start = time.monotonic()
-        with pytest.raises(SDRError, match="not decoded within 1 s"):
+        with pytest.raises(SDRError, match="not decoded within 1 s") as caught:
             list(frames)
+        assert caught.value.again
         assert time.monotonic() - start < 2
     assert_no_children()
 
