@@ -1,6 +1,8 @@
 """The one comparison of kernels: the float64 reference is the truth, the reference in the same dtype the measure."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -52,6 +54,19 @@ def assert_matches_reference(function: Callable, reference: Callable, inputs: Se
         error, allowed = ((r.double()[finite] - truth).abs().max() for r in (value, ours))
         limit = 2 * (allowed + torch.finfo(value.dtype).eps * truth.abs().max())
         assert error <= limit, f"result {i}: error {error:.3e}, the reference's {allowed:.3e}, limit {limit:.3e}"
+
+
+@contextmanager
+def pools_may_vary() -> Iterator[None]:
+    """Around a reference: a GPU has no deterministic backward pass of max_pool3d."""
+    pool = "max_pool3d_with_indices_backward_cuda does not have a deterministic implementation"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", pool)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 # the same values, [B, V, C, T, H, W], in other orders of memory

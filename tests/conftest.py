@@ -19,9 +19,7 @@ def reproducible():
     torch.manual_seed(0)
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # a reference in float32 is one
-    # also fills torch.empty with NaN, so that an unwritten output shows; a GPU has no deterministic backward pass of
-    # max_pool3d, which references use
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN, so that an unwritten output shows
     if "torch._dynamo" in sys.modules:  # all compiled partial functions share one limit of recompilations
         torch.compiler.reset()
 

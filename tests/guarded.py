@@ -13,7 +13,8 @@ import signal
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -80,6 +81,21 @@ def span(x: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
+def spread(x: Tensor) -> Tensor:
+    """[span] of x's own memory, gaps included; of bool the bytes, which copies would make 0 or 1."""
+    x = x.detach()
+    return (x.view(torch.uint8) if x.dtype == torch.bool else x).as_strided((span(x),), (1,))
+
+
+def gaps_equal(x: Tensor, y: Tensor) -> bool:
+    """Whether what lies between the elements of two tensors of the same strides is the same, bit for bit."""
+    if span(x) == x.numel():
+        return True
+    gaps = torch.ones(span(x), dtype=torch.bool)
+    gaps.as_strided(x.shape, x.stride()).fill_(False)
+    return same_bits(spread(x)[gaps], spread(y)[gaps])
+
+
 @contextmanager
 def launches_guarded(at_end: Callable[[], bool]) -> Iterator[None]:
     """Within the block every tensor that an interpreted kernel gets lies between guards while the kernel runs.
@@ -96,15 +112,18 @@ def launches_guarded(at_end: Callable[[], bool]) -> Iterator[None]:
     def move(x: object) -> object:
         if not isinstance(x, Tensor) or x.numel() == 0:
             return x
-        moved = arena.tensor(span(x), x.dtype, at_end=at_end())
-        moved.copy_(x.detach().as_strided((span(x),), (1,)))
-        return moved.as_strided(x.shape, x.stride())
+        moved = arena.tensor(span(x), x.dtype, at_end=at_end()).as_strided(x.shape, x.stride())
+        spread(moved).copy_(spread(x))
+        return moved
 
     def run_guarded(self, *args, **kwargs):
         moved = [move(x) for x in args]
         run(self, *moved, **kwargs)
         for x, copy in zip(args, moved, strict=True):
-            if copy is not x and not same_bits(x, copy):
+            if copy is x:
+                continue
+            assert gaps_equal(x, copy), "memory between a tensor's elements was written"
+            if not same_bits(x, copy):
                 x.detach().copy_(copy)
         arena.release()
 
@@ -140,19 +159,23 @@ def same_bits(x: Tensor, y: Tensor) -> bool:
     return bits[0] == bits[1]
 
 
-def run_apart(check: Callable[[int], None], numbers: Iterator[int]) -> tuple[int, dict[int, str]]:
+def run_apart(
+    check: Callable[[int], Iterable[str] | None], numbers: Iterator[int]
+) -> tuple[int, dict[int, str], Counter[str]]:
     """``check`` of every number in processes apart, a new one after each crash.
 
     Returns:
-        How many were done, and what failed: number to the error, or to the signal that ended the process.
+        How many were done, what failed: number to the error, or to the signal that ended the process; and how often
+        each word was what ``check`` returned.
     """
-    waiting, failed, done = list(numbers), {}, 0
+    waiting, failed, done, said = list(numbers), {}, 0, Counter()
     while waiting and len(failed) < MAX_FAILURES:
         with tempfile.TemporaryFile("w+") as crash:
             reports, code = _forked(check, waiting, crash)
             crash.seek(0)
             where = crash.read()
-        for number, problem in reports:
+        for number, problem, words in reports:
+            said.update(words)
             if problem:
                 failed[number] = problem
         done += len(reports)
@@ -161,11 +184,11 @@ def run_apart(check: Callable[[int], None], numbers: Iterator[int]) -> tuple[int
             end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             failed[waiting.pop(0)] = f"{end}\n{where}"
             done += 1
-    return done, failed
+    return done, failed, said
 
 
-def _forked(check: Callable[[int], None], numbers: list[int], crash) -> tuple[list[tuple[int, str]], int]:
-    """What a child reported, a pair a number, until it ended or enough had failed, and its exit code."""
+def _forked(check: Callable, numbers: list[int], crash) -> tuple[list[tuple[int, str, list[str]]], int]:
+    """What a child reported of each number, until it ended or enough had failed, and its exit code."""
     readable, writable = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of threads that this child never meets
@@ -187,17 +210,17 @@ def _forked(check: Callable[[int], None], numbers: list[int], crash) -> tuple[li
     return reports, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _report(check: Callable[[int], None], numbers: list[int], reports) -> None:
+def _report(check: Callable, numbers: list[int], reports) -> None:
     failures = 0
     for number in numbers:
-        problem = ""
+        problem, words = "", []
         try:
-            check(number)
+            words = sorted(check(number) or ())
         except Exception as error:  # of any kind: the case has failed, and its error says why
             frame = traceback.extract_tb(error.__traceback__)[-1]
             problem = f"{type(error).__name__}: {error} ({os.path.basename(frame.filename)}:{frame.lineno})"
             failures += 1
-        reports.write(json.dumps([number, problem]) + "\n")
+        reports.write(json.dumps([number, problem, words]) + "\n")
         reports.flush()
         if failures == MAX_FAILURES:
             return

@@ -18,7 +18,7 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65)  # 
 KINDS = ("normal", "tiny", "large", "zeros", "constant", "nan", "inf", "-inf")
 LIKELY = (0.5, 0.08, 0.08, 0.04, 0.06, 0.12, 0.06, 0.06)
 TINY = {torch.float32: 1e-39, torch.float16: 1e-6}  # subnormal
-LARGE = {torch.float32: 1e15, torch.float16: 300.0}
+LARGE = {torch.float32: 1e15, torch.float16: 100.0}
 ZERO = 0.06  # how often one size is 0
 
 
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     refused: bool  # a size is 0 that must not be
     kind: str  # of the values
     picks: bool = False  # gradients go to whichever value was the largest
+    lost: bool = False  # gradients are 0, of which rounding makes something
     norms: int = 0  # by the batch: as many means and variances, one after the other, follow the first result
 
     def statistics(self, results: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -152,8 +153,8 @@ class Usual(Odd):
         self.kind, self.device, self.clips = "normal", device, clips
 
     def sizes(self, **bounds: tuple[int, int]) -> list[int]:
-        drawn = {name: self.size(*limits) for name, limits in bounds.items()}
-        return list((drawn | {"B": self.clips} if "B" in drawn else drawn).values())
+        self.drawn = {name: self.clips if name == "B" else self.size(*limits) for name, limits in bounds.items()}
+        return list(self.drawn.values())
 
     def placed(self, numbers: Tensor) -> Tensor:
         return (numbers.movedim(-4, -1).contiguous().movedim(-1, -4) if numbers.ndim > 4 else numbers).to(self.device)
@@ -219,13 +220,19 @@ def block_layers(odd: Odd, V: int, C_in: int, inner: int, C_out: int, *, branch1
     return [*shapes, (V, C_out, C_in, 1)] if branch1 else shapes
 
 
-def block_sizes(odd: Odd, most: int) -> tuple[list[int], tuple[bool, bool, bool]]:
-    """B, V, T, H, W, C_in, inner, C_out; and whether there are branch1, a pool and a pool over time."""
+def block_sizes(odd: Odd, most: int, least: int = 1) -> tuple[list[int], tuple[bool, bool, bool]]:
+    """B, V, T, H, W, C_in, inner, C_out; and whether there are branch1, a pool and a pool over time.
+
+    Args:
+        odd: draws them.
+        most: of the channels.
+        least: of T, H and W behind a pool.
+    """
     pool = odd.chance(0.3)
     branch1, time_pool = pool or odd.chance(), not pool and odd.chance(0.3)
-    side = (2, 4) if pool else (1, 4)
+    side = (2 * least, 2 * least + 2) if pool else (least, 4)
     channels = (1, most)
-    T = (2, 5) if time_pool else (1, 4)
+    T = (2, 5) if time_pool else (least, 4)
     sizes = odd.sizes(B=(1, 2), V=(1, 2), T=T, H=side, W=side, C_in=channels, inner=channels, C_out=channels)
     if not branch1:
         sizes[-1] = sizes[-3]  # C_in
@@ -311,11 +318,12 @@ def some_labels(odd: Odd, count: int, most: int) -> Tensor:
 
 
 def info_nce(odd: Odd, impl: str) -> Case:
-    N, D = odd.sizes(N=(1, 65), D=(2, 65))  # of one feature only the sign counts, and its gradient is 0
+    N, D = odd.sizes(N=(1, 65), D=(1, 65))
     temperature, anchors = odd.one_of((0.07, 0.5, 1.0)), odd.one_of(("all", "real"))
     inputs = [odd.tensor(N, D, grad=True), some_labels(odd, N, odd.one_of((2, 5)))]
     call = lambda op, *tensors: op(*tensors, temperature=temperature, anchors=anchors)  # noqa: E731
-    return Case(*both(sdr_kernels.info_nce, call, impl), inputs, odd.zero == "D", odd.kind)
+    # of one feature only the sign counts
+    return Case(*both(sdr_kernels.info_nce, call, impl), inputs, odd.zero == "D", odd.kind, lost=D == 1)
 
 
 def loss_options(odd: Odd) -> LossOptions:
@@ -335,7 +343,7 @@ def leave_one_out_kl(odd: Odd, impl: str) -> Case:
 
 
 def sdr_loss(odd: Odd, impl: str) -> Case:
-    B, V, D, W, K = odd.sizes(B=(1, 9), V=(1, 4), D=(2, 65), W=(1, 4), K=(2, 5))
+    B, V, D, W, K = odd.sizes(B=(1, 9), V=(1, 4), D=(1, 65), W=(1, 4), K=(2, 5))
     options = loss_options(odd)._replace(detach_joint=False)
     inputs = [
         odd.tensor(B, V, D, grad=True),
@@ -345,7 +353,7 @@ def sdr_loss(odd: Odd, impl: str) -> Case:
         odd.tensor(B, W, K, grad=True),
     ]
     call = lambda op, *tensors: op(*tensors, options)  # noqa: E731
-    return Case(*both(sdr_kernels.sdr_loss, call, impl), inputs, odd.zero not in ("", "W"), odd.kind)
+    return Case(*both(sdr_kernels.sdr_loss, call, impl), inputs, odd.zero not in ("", "W"), odd.kind, lost=D == 1)
 
 
 def clip_views(odd: Odd, impl: str) -> Case:
@@ -404,12 +412,13 @@ def normed_stem(odd: Odd, impl: str) -> Case:
 
     refused = odd.zero not in ("", "B") or (odd.zero == "B" and not frozen)
     return Case(
-        *both(sdr_kernels.normed_stem, call, impl), inputs, refused, odd.kind, True, 0 if frozen else len(shapes)
+        *both(sdr_kernels.normed_stem, call, impl), inputs, refused, odd.kind, True, norms=0 if frozen else len(shapes)
     )
 
 
 def normed_bottleneck(odd: Odd, impl: str, scheme: str) -> Case:
-    (B, V, T, H, W, C_in, inner, C_out), (branch1, pool, time_pool) = block_sizes(odd, 17)
+    # with few rows some channel has nearly one value
+    (B, V, T, H, W, C_in, inner, C_out), (branch1, pool, time_pool) = block_sizes(odd, 17, 1 if odd.chance(0.05) else 2)
     frozen = odd.chance(0.25)
     inputs = [odd.tensor(B, V, C_in, T, H, W, grad=odd.chance(0.8))]
     shapes = block_layers(odd, V, C_in, inner, C_out, branch1=branch1)
@@ -423,8 +432,9 @@ def normed_bottleneck(odd: Odd, impl: str, scheme: str) -> Case:
     rows = B * T * (H // 2) * (W // 2) if pool else B * T * H * W
     refused = odd.zero not in ("", "B") or (rows < 2 and not frozen)
     return Case(
-        *both(sdr_kernels.normed_bottleneck, call, impl), inputs, refused, odd.kind, True, 0 if frozen else len(shapes)
-    )
+        *both(sdr_kernels.normed_bottleneck, call, impl), inputs, refused, odd.kind, True,
+        norms=0 if frozen else len(shapes),
+    )  # fmt: skip
 
 
 MAKERS: dict[str, Callable[[Odd, str], Case]] = {

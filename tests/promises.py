@@ -129,7 +129,8 @@ def result_text(name: str, result: dict) -> str:
     """One file's cell: what ended how, at which commit, and its figures."""
     counts = ", ".join(f"{result[kind]} {kind}" for kind in ("passed", "failed", "skipped") if kind in result)
     figures = "".join(f"; {what}: {value:,.6g}" for what, value in result["figures"].items())
-    return f"`{Path(name).name}`: {counts}{figures} ({result['stamp']['commit']}, {result['stamp']['date']})"
+    stamp = ", ".join(result["stamp"][part] for part in ("commit", "date", "machine"))
+    return f"`{Path(name).name}`: {counts}{figures} ({stamp})"
 
 
 def tables_text(results: dict, faults: Sequence[dict]) -> str:

@@ -15,11 +15,11 @@ BLOCK_B = 32  # clips at a time
 
 
 @triton.jit
-def log_softmax(logits_ptr, row, mask, k, factor, K: tl.constexpr):
-    """Of these rows' K logits times factor, [M, BLOCK_K] float32; 0 beyond K. row: of the first class."""
+def log_softmax(logits_ptr, row, mask, k, temperature, K: tl.constexpr):
+    """Of these rows' K logits over the temperature, [M, BLOCK_K] float32; 0 beyond K. row: of the first class."""
     x = tl.load(logits_ptr + (row[:, None] + k[None, :]), mask=mask[:, None] & (k < K)[None, :], other=0.0)
-    x = tl.where((k < K)[None, :], x.to(tl.float32) * factor, float("-inf"))
-    x = x - tl.max(x, 1)[:, None]
+    x = tl.where((k < K)[None, :], x.to(tl.float32), float("-inf"))
+    x = (x - tl.max(x, 1)[:, None]) / temperature  # what is divided last is rounded least
     return tl.where((k < K)[None, :], x - tl.log(tl.sum(tl.exp(x), 1))[:, None], 0.0)
 
 
@@ -42,10 +42,10 @@ def mutual_information(
     """What these clips add to L_MI, and their gradients, which are stored."""
     mask = clips < B
     k = tl.arange(0, BLOCK_K).to(tl.int64)
-    log_joint = log_softmax(joint_ptr, clips * K, mask, k, 1.0 / temperature, K)
+    log_joint = log_softmax(joint_ptr, clips * K, mask, k, temperature, K)
     total = tl.zeros_like(clips).to(tl.float32)
     for v in range(V):
-        log_loo = log_softmax(loo_ptr, (clips * V + v) * K, mask, k, 1.0 / temperature, K)
+        log_loo = log_softmax(loo_ptr, (clips * V + v) * K, mask, k, temperature, K)
         total += divergence(log_loo, log_joint) if REVERSE else divergence(log_joint, log_loo)
     total = tl.where(total < 0, 0.0, total)  # rounding can leave it there; keeps NaN
     value = tl.exp(-total) if COMPLEMENTARY else total
@@ -53,7 +53,7 @@ def mutual_information(
     djoint = tl.zeros_like(log_joint)
     for v in range(V):
         row = (clips * V + v) * K
-        log_loo = log_softmax(loo_ptr, row, mask, k, 1.0 / temperature, K)
+        log_loo = log_softmax(loo_ptr, row, mask, k, temperature, K)
         apart = tl.exp(log_loo) - tl.exp(log_joint)
         if REVERSE:
             kl = divergence(log_loo, log_joint)
