@@ -278,7 +278,6 @@ class ClipCache:
         self, folder: str | os.PathLike, *, split: str | None = None, methods: Sequence[str] | None = None
     ) -> None:
         self.folder = Path(folder)
-        self._home = os.path.realpath(folder)
         self.settings = read_settings(self.folder)
         self.shape = clip_shape(self.settings)
         names = ("video", "label", "method", "split", "identity", "clip", "shard", "offset")
@@ -313,6 +312,11 @@ class ClipCache:
     def name(self, index: int) -> str:
         """The clip's video and number, for people."""
         return f"{escape(self.records[self.videos[index]].path)} clip {self._places[index][2]}"
+
+    @cached_property
+    def _home(self) -> str:
+        """The folder without links, which no clip may lie outside of."""
+        return os.path.realpath(self.folder)
 
     @cached_property
     def digest(self) -> str:
