@@ -12,6 +12,7 @@ from torch import Tensor
 import sdr_kernels
 from sdr_kernels import FoldedConv, LossOptions, NormedBottleneck, NormedConv
 from sdr_kernels.clip_views import clip_views_reference
+from sdr_kernels.info_nce import normalise
 from sdr_kernels.temporal_bottleneck import FoldedBottleneck
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65)  # 2^k, 2^k +- 1 and small primes
@@ -317,13 +318,20 @@ def some_labels(odd: Odd, count: int, most: int) -> Tensor:
     return odd.placed(torch.from_numpy(odd.values.integers(0, most, count)).to(dtype))
 
 
+def parallel(rows: Tensor) -> bool:
+    """Whether all rows, [N, D], lie on one line, as of one feature: what a row gets of the others is 0, to rounding."""
+    unit = normalise(rows.detach().double())
+    unit = unit[unit.any(1)]
+    return len(unit) > 0 and bool((unit @ unit[0]).abs().min() > 1 - 1e-6)
+
+
 def info_nce(odd: Odd, impl: str) -> Case:
     N, D = odd.sizes(N=(1, 65), D=(1, 65))
     temperature, anchors = odd.one_of((0.07, 0.5, 1.0)), odd.one_of(("all", "real"))
     inputs = [odd.tensor(N, D, grad=True), some_labels(odd, N, odd.one_of((2, 5)))]
     call = lambda op, *tensors: op(*tensors, temperature=temperature, anchors=anchors)  # noqa: E731
-    # of one feature only the sign counts
-    return Case(*both(sdr_kernels.info_nce, call, impl), inputs, odd.zero == "D", odd.kind, lost=D == 1)
+    lost = parallel(inputs[0])
+    return Case(*both(sdr_kernels.info_nce, call, impl), inputs, odd.zero == "D", odd.kind, lost=lost)
 
 
 def loss_options(odd: Odd) -> LossOptions:
@@ -353,7 +361,8 @@ def sdr_loss(odd: Odd, impl: str) -> Case:
         odd.tensor(B, W, K, grad=True),
     ]
     call = lambda op, *tensors: op(*tensors, options)  # noqa: E731
-    return Case(*both(sdr_kernels.sdr_loss, call, impl), inputs, odd.zero not in ("", "W"), odd.kind, lost=D == 1)
+    lost = parallel(inputs[0].flatten(0, 1))
+    return Case(*both(sdr_kernels.sdr_loss, call, impl), inputs, odd.zero not in ("", "W"), odd.kind, lost=lost)
 
 
 def clip_views(odd: Odd, impl: str) -> Case:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from compare import pools_may_vary
 from models import CONFIGS, random_model, random_views
 from torch import nn
 
@@ -49,8 +50,9 @@ def error_ratio(config, scheme: str, impl: str, dtype: torch.dtype, device: torc
     model = without_dropout(random_model(config, device)).to(dtype).train()
     views = random_views(config, batch=3, device=device).to(dtype)
     found = gradients(fast_copy(model, scheme=scheme, impl=impl), views)
-    eager = gradients(model, views)
-    exact = gradients(copy.deepcopy(model).double(), views.double())
+    with pools_may_vary():
+        eager = gradients(model, views)
+        exact = gradients(copy.deepcopy(model).double(), views.double())
     assert found.keys() == exact.keys()
     return error(found, exact) / error(eager, exact)
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from compare import pools_may_vary
 from normed import assert_errs_like_eager, cases, make_conv, results
 
 from sdr_kernels import normed_stem
@@ -73,7 +74,8 @@ def test_a_gradient_of_the_views_is_the_references(device):
     x.requires_grad_()
     with pytest.raises(RuntimeError, match=r"cannot run: x asks for a gradient"):
         normed_stem(x, conv, impl="triton")
-    plain = torch.autograd.grad(normed_stem(x, conv, impl="reference").out.sum(), x)
+    with pools_may_vary():
+        plain = torch.autograd.grad(normed_stem(x, conv, impl="reference").out.sum(), x)
     if device.type == "cpu":
         assert torch.equal(torch.autograd.grad(normed_stem(x, conv).out.sum(), x)[0], plain[0])
 
