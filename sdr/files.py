@@ -8,6 +8,8 @@ import json
 import os
 import re
 import secrets
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,6 +37,22 @@ class BoundedFile(io.FileIO):
         if len(data) > self.most:
             raise ValueError(f"more than {self.most} bytes are asked for at once")
         return data
+
+
+# what reading a damaged zip may raise, and what is looked for in it: zipfile has no error of its own for most
+ZIP_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    NotImplementedError,  # a way to compress that is not known
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def is_temporary(path: Path) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sdr.errors import SDRError, escape
-from sdr.files import atomic_file, differences, digest_arrays, is_temporary, make_folder, remove
+from sdr.files import ZIP_DAMAGE, atomic_file, differences, digest_arrays, is_temporary, make_folder, remove
 from sdr.report import pictured
 from sdr.score import ClipScore, ScoreConfig, VideoScore, judge
 
@@ -207,7 +207,7 @@ def unpack(file: BinaryIO, *, pictures: bool) -> tuple[dict, np.ndarray]:
             if pictures and to_hex(shown) != told["pictures"]:
                 raise ValueError("its pictures' checksum is another")
             return told, shown
-    except Exception as error:  # of zipfile, zlib, NumPy or JSON: whatever the bytes are
+    except (*ZIP_DAMAGE, MemoryError) as error:  # a damaged header may ask for any size
         raise DamagedError(escape(f"{type(error).__name__}: {error}".splitlines()[0])) from error
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sdr.errors import SDRError, escape
-from sdr.files import BoundedFile
+from sdr.files import ZIP_DAMAGE, BoundedFile
 
 PROGRAM_BYTES = 2 << 20  # of the pickle, about 20,000 tensors; FTCN's takes 40 kB
 PIECE_BYTES = 1 << 20  # read at once
@@ -50,18 +50,6 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 VALUES = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
 CRC_HINT = "damaged, or saved after torch.serialization.set_crc32_options(False): save it again without that"
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # how files before torch 1.6 begin
-DAMAGE = (
-    zipfile.BadZipFile,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class Name(str):
@@ -126,7 +114,7 @@ def open_torch_file(path: str | os.PathLike) -> Iterator[TorchFile]:
         with BoundedFile(path, PROGRAM_BYTES) as file:
             archive = (Archive if file.read(2) == b"PK" else Legacy)(file)
             yield TorchFile(state_dict(archive.content), archive)
-    except DAMAGE as error:
+    except ZIP_DAMAGE as error:
         hint = CRC_HINT if str(error).startswith("Bad CRC-32") else ""
         raise SDRError(path, f"is not a readable checkpoint: {escape(str(error)[:200])}", hint) from error
     except ForeignError as error:

@@ -18,7 +18,16 @@ from pathlib import Path
 import draws
 import pytest
 import torch
-from hostile_checkpoints import DOUBLED, describe, encode, mutate_torch_file, mutate_weights, safetensors, saved
+from hostile_checkpoints import (
+    DOUBLED,
+    WATCHED,
+    describe,
+    encode,
+    mutate_torch_file,
+    mutate_weights,
+    safetensors,
+    saved,
+)
 
 import sdr.checkpoint
 from sdr import FTCN, SDRError, SDRModel, ftcn_released, tiny
@@ -31,16 +40,6 @@ pytestmark = pytest.mark.promise(row="no code from files")
 SMALL = {"num_frames": 4, "image_size": 16, "width": 2, "embed_dim": 4, "num_heads": 1, "head_dim": 4, "mlp_dim": 4}
 READERS = {"safetensors": ("weights", "run", "folder"), "torch.save": ("zip", "legacy")}
 SECONDS, MEMORY = 10, 384 << 20  # of one file, beyond what the imports take
-WATCHED = (
-    "open",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "os.fork",
-    "subprocess.Popen",
-    "socket.connect",
-    "os.remove",
-)
 
 
 def small_ftcn() -> FTCN:
