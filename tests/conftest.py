@@ -1,8 +1,11 @@
 """Every test starts from the same seed, on one thread, with torch's deterministic algorithms."""
 
 import os
+import signal
 import sys
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a shell's background, and our commands leave that as it is
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two test processes share two cores
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it on a GPU
 

@@ -28,22 +28,25 @@ def load_rows(x_tile, start, k, row_mask, K: tl.constexpr, BLOCK_K: tl.constexpr
 
 
 @triton.jit
-def row_statistics(x_tile, first, k, row_mask, eps, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def row_statistics(x_tile, k, row_mask, eps, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Mean and 1 / standard deviation of these rows, [M] each: the mean first, then squares about it.
 
-    first: a value of each row, [M] float32; summed are differences to it, of which a constant row has none.
+    What is left of the sum about the rounded mean corrects both: a constant row has a variance of 0.
     """
     total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
-        x = load_rows(x_tile, start, k, row_mask, K, BLOCK_K).to(tl.float32)
-        total += tl.where((start + k < K)[None, :], x - first[:, None], 0.0)
-    mean = first + tl.sum(total, 1) / K
+        total += load_rows(x_tile, start, k, row_mask, K, BLOCK_K).to(tl.float32)
+    mean = tl.sum(total, 1) / K
+    left = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_rows(x_tile, start, k, row_mask, K, BLOCK_K).to(tl.float32)
         centred = tl.where((start + k < K)[None, :], x - mean[:, None], 0.0)
+        left += centred
         squares += centred * centred
-    return mean, 1.0 / tl.sqrt_rn(tl.sum(squares, 1) / K + eps)
+    shift = tl.sum(left, 1) / K
+    var = tl.sum(squares, 1) / K - shift * shift
+    return mean + shift, 1.0 / tl.sqrt_rn(tl.where(var < 0, 0.0, var) + eps)  # keeps NaN
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -68,8 +71,7 @@ def _norm_linear_fwd_kernel(
     x_tile = x_ptr + (rows[:, None] * x_stride + k[None, :])
     w_tile = w_ptr + (columns[None, :] * K + k[:, None])
     if gamma_ptr is not None:
-        first = tl.load(x_ptr + rows * x_stride, mask=row_mask, other=0.0).to(tl.float32)
-        mean, rstd = row_statistics(x_tile, first, k, row_mask, eps, K, BLOCK_M, BLOCK_K)
+        mean, rstd = row_statistics(x_tile, k, row_mask, eps, K, BLOCK_M, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         x = load_rows(x_tile, start, k, row_mask, K, BLOCK_K)
