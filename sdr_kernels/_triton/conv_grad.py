@@ -135,7 +135,8 @@ def _conv_grad_kernel(
     pooled = clip * pooled_rows(T, H, W, POOL)
     channels = branch * C_in
     h_ptr = at(h_ptr, clip * num_rows * C_in)
-    h_scale_ptr, h_shift_ptr = at(h_scale_ptr, channels), at(h_shift_ptr, channels)
+    h_scale_ptr = at(h_scale_ptr, channels)
+    h_shift_ptr = at(h_shift_ptr, channels)
     acc = add_gradient_product(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         d_ptr + pooled * C_out, at(y_ptr, pooled * C_out), at(code_ptr, pooled * code_bytes(C_out)),

@@ -35,9 +35,10 @@ def share(split, splits, B, row_tiles):
 @triton.jit
 def upright(values):
     """[1, M] as [M, 1]; None stays None."""
+    column = None  # Triton 3.6 cannot return an argument that is None
     if values is not None:
-        values = tl.trans(values)
-    return values
+        column = tl.trans(values)
+    return column
 
 
 @triton.jit
