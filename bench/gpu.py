@@ -21,15 +21,15 @@ RESULTS = ROOT / "bench" / "results"
 NEEDED = ("torch", "triton", "numpy", "pytest")
 # module of bench/, seconds, whether the run fails with it; together under 10 minutes
 STEPS = (
-    ("correctness", 150.0, True),
+    ("correctness", 200.0, True),
     ("sanitizer", 80.0, True),
-    ("ceilings", 20.0, False),
-    ("timings", 100.0, False),
+    ("ceilings", 10.0, False),
+    ("timings", 95.0, False),
     ("losses", 20.0, False),
     ("views", 35.0, False),
     ("training", 75.0, True),
-    ("peers", 70.0, False),
-    ("profiling", 30.0, False),
+    ("peers", 60.0, False),
+    ("profiling", 20.0, False),
 )
 
 

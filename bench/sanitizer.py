@@ -26,6 +26,7 @@ PLACES = ("/usr/local/cuda*/bin", "/usr/local/cuda*/compute-sanitizer", "/opt/cu
 # every tensor an allocation of its own, so that memcheck sees an access past its end
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SUMMARIES = (r"ERROR SUMMARY: (\d+) error", r"RACECHECK SUMMARY: (\d+) hazard")
+ALL_FINITE = "results, all finite"
 PLAIN_SHARE = 0.5  # of the step's time
 MIN_TOOL_S = 15.0  # importing torch under the sanitizer takes most of it
 
@@ -233,7 +234,8 @@ def run_plainly(script: list[str], environment: dict[str, str], ledger: Ledger, 
         code = run_limited([*script, *groups[i]], limit_s, log, cwd=ROOT, env=environment)
         if code is None:
             return f"{NOT_MEASURED}{' '.join(groups[i])} did not end within {limit_s:.0f} s"
-        return "" if code == 0 else log.read_text(errors="replace")[-1500:]
+        text = log.read_text(errors="replace")
+        return "" if code == 0 or ALL_FINITE in text else text[-1500:]  # torch's threads may abort once all is done
 
     with ThreadPoolExecutor(min(len(groups), os.cpu_count() or 1)) as pool:
         problems = [problem for problem in pool.map(run_group, range(len(groups))) if problem]
@@ -271,5 +273,5 @@ def run(ledger: Ledger, machine: Machine) -> None:
 def main(runs: Sequence[str], rehearsal: bool) -> int:
     """What the tools watch: the small shapes on the GPU, or interpreted on the CPU; all where ``runs`` is empty."""
     device = torch.device("cpu" if rehearsal else "cuda")
-    print(f"{run_small_shapes(runs or small_runs(device), device)} results, all finite")
+    print(f"{run_small_shapes(runs or small_runs(device), device)} {ALL_FINITE}", flush=True)
     return 0
