@@ -43,7 +43,8 @@ TESTS = [
 ]
 REHEARSED = "test_datasets.py"  # has no kernel to interpret: the rehearsal is of running and counting
 TESTS_SHARE = 0.85  # of the step's time; the model's checks run beside them
-MAX_PROCESSES = 10  # each holds about 1 GB of the GPU's memory
+MAX_PROCESSES = 12  # each holds about 1 GB of the GPU's memory
+LAST_WORDS_S = 6.0
 NAMES = 20  # of failures that are kept
 LOG_CHARACTERS = 3000
 CLIPS = {"ftcn_released": 4, "paper": 5}  # of 4 branches: the first replays a CUDA graph, the second is too large
@@ -84,8 +85,9 @@ def outcomes_of(text: str) -> Iterator[tuple[str, str]]:
 
 
 def run_shard(names: list[str], limit_s: float, log: Path) -> str:
-    """What a process of its own prints while it runs these tests."""
-    run_limited(pytest_command("-v", *names), limit_s, log, cwd=ROOT, env=environment())
+    """What a process of its own prints while it runs these tests; near the limit it is told to say what failed."""
+    command = ["timeout", "--signal=INT", f"{max(1.0, limit_s - LAST_WORDS_S):.0f}", *pytest_command("-v", *names)]
+    run_limited(command, limit_s, log, cwd=ROOT, env=environment())
     return log.read_text(errors="replace")
 
 

@@ -21,14 +21,14 @@ RESULTS = ROOT / "bench" / "results"
 NEEDED = ("torch", "triton", "numpy", "pytest")
 # module of bench/, seconds, whether the run fails with it; together under 10 minutes
 STEPS = (
-    ("correctness", 200.0, True),
+    ("correctness", 195.0, True),
     ("sanitizer", 80.0, True),
     ("ceilings", 10.0, False),
     ("timings", 95.0, False),
     ("losses", 20.0, False),
     ("views", 35.0, False),
     ("training", 75.0, True),
-    ("peers", 60.0, False),
+    ("peers", 50.0, False),
     ("profiling", 20.0, False),
 )
 
