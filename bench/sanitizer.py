@@ -28,7 +28,6 @@ ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SUMMARIES = (r"ERROR SUMMARY: (\d+) error", r"RACECHECK SUMMARY: (\d+) hazard")
 ALL_FINITE = "results, all finite"
 PLAIN_SHARE = 0.5  # of the step's time
-MIN_TOOL_S = 15.0  # importing torch under the sanitizer takes most of it
 
 
 def temporal_conv3d(
@@ -256,18 +255,21 @@ def run(ledger: Ledger, machine: Machine) -> None:
     ledger.put("plain run", plain)
     ledger.put("failed", int(measured(plain) and plain != "passed"))
     sanitizer = find_sanitizer()
-    for i, tool in enumerate(TOOLS):
-        if sanitizer is None or plain != "passed":
-            reason = "compute-sanitizer not found" if sanitizer is None else "the plain run did not pass"
+    if sanitizer is None or plain != "passed":
+        reason = "compute-sanitizer not found" if sanitizer is None else "the plain run did not pass"
+        for tool in TOOLS:
             ledger.put(tool, NOT_MEASURED + reason)
-            continue
-        command = [sanitizer, "--tool", tool, *script]
-        left = ledger.left() - 2
-        limit_s = left if i == 0 else min(left, max(left / 2, MIN_TOOL_S))
-        timed = partial(run_tool, command, limit_s, ledger.path.with_suffix(f".{tool}.log"), environment)
-        result = ledger.attempt(tool, timed, needs_s=MIN_TOOL_S)
-        bad = isinstance(result, dict) and bool(result["errors"] or result["exit_code"])
-        ledger.put("failed", int(ledger.entries["failed"]) + bad)
+        return
+
+    def run_one(tool: str) -> dict[str, object] | str:
+        command, log = [sanitizer, "--tool", tool, *script], ledger.path.with_suffix(f".{tool}.log")
+        return run_tool(command, ledger.left() - 2, log, environment)
+
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        for tool, result in zip(TOOLS, pool.map(run_one, TOOLS), strict=True):
+            ledger.put(tool, result)
+            bad = isinstance(result, dict) and bool(result["errors"] or result["exit_code"])
+            ledger.put("failed", int(ledger.entries["failed"]) + bad)
 
 
 def main(runs: Sequence[str], rehearsal: bool) -> int:

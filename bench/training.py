@@ -167,7 +167,7 @@ def compiled(model: SDRModel, backend: str = "inductor") -> SDRModel:
 
 
 def run(ledger: Ledger, machine: Machine) -> None:
-    """Enter gradients' errors, our steps, the memory of a clip, then the peers', and how many checks failed."""
+    """Enter gradients' errors, steps of ours and eager, losses, memory of a clip, the compiler's step; and failures."""
     if machine.rehearsal:
         os.environ["TRITON_INTERPRET"] = "1"  # before a launcher imports Triton
     config, clips = config_of(machine), machine.scaled(CLIPS, 2)
@@ -178,19 +178,17 @@ def run(ledger: Ledger, machine: Machine) -> None:
     ledger.put("failed", len(SCHEMES) + 1)  # until all have run
     checks = [ledger.attempt(f"gradients {s}", partial(check_gradients, s, machine)) for s in SCHEMES]
     bad = sum(not (isinstance(check, dict) and check["passed"]) for check in checks)
+    planar, backend = partial(views, channels_last=False), "eager" if machine.rehearsal else "inductor"
+    steps = {f"step {s}": (partial(fast, s, machine), views) for s in SCHEMES} | {
+        "peer eager bf16 NCTHW": (partial(reference, machine), planar),
+        "peer eager bf16 channels_last_3d": (lambda: ChannelsLast(reference(machine)), views),
+    }
+    for name, (build, inputs) in steps.items():
+        ledger.attempt(name, partial(time_step, build, inputs, clips, machine), needs_s=LIMIT_S)
     curves = ledger.attempt("losses of tiny", partial(curves_apart, machine))
     bad += not (isinstance(curves, dict) and max(curves["apart"].values()) <= BAND)
     ledger.put("failed", bad)
     for scheme in SCHEMES:
-        timed = partial(time_step, partial(fast, scheme, machine), views, clips, machine)
-        ledger.attempt(f"step {scheme}", timed, needs_s=LIMIT_S)
-    for scheme in SCHEMES:
         ledger.attempt(f"memory {scheme}", lambda scheme=scheme: largest_batch(fast(scheme, machine), views, machine))
-    planar, backend = partial(views, channels_last=False), "eager" if machine.rehearsal else "inductor"
-    peers = {
-        "eager bf16 NCTHW": (partial(reference, machine), planar, LIMIT_S),
-        "eager bf16 channels_last_3d": (lambda: ChannelsLast(reference(machine)), views, LIMIT_S),
-        "torch.compile default bf16": (lambda: compiled(reference(machine), backend), planar, COMPILE_S),
-    }
-    for name, (build, inputs, needs_s) in peers.items():
-        ledger.attempt(f"peer {name}", partial(time_step, build, inputs, clips, machine), needs_s=needs_s)
+    timed = partial(time_step, lambda: compiled(reference(machine), backend), planar, clips, machine)
+    ledger.attempt("peer torch.compile default bf16", timed, needs_s=COMPILE_S)

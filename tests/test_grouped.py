@@ -101,7 +101,9 @@ def test_frozen_norms_keep_their_statistics(training, impl, device):
     fast = fast_copy(model, impl=impl)
     before = [buffer.clone() for buffer in fast.buffers()]
     views = random_views(model.config, batch=1, device=device)
-    assert error(gradients(fast, views), gradients(model, views)) < 1e-4
+    found = gradients(fast, views)
+    with pools_may_vary():
+        assert error(found, gradients(model, views)) < 1e-4
     assert all(torch.equal(a, b) for a, b in zip(before, fast.buffers(), strict=True))
 
 

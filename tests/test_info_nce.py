@@ -117,10 +117,10 @@ def test_no_rows(impl, device):
     assert features.grad.shape == (0, 3)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_identical_rows_of_one_class_give_the_logarithm_of_the_rest(impl, device):
-    loss = info_nce(torch.ones(40, 3, device=device), torch.zeros(40, dtype=torch.long, device=device), impl=impl)
-    assert loss.item() == pytest.approx(torch.tensor(39.0).log().item(), rel=1e-6)
+    rows, labels = torch.ones(40, 3, device=device), torch.zeros(40, dtype=torch.long, device=device)
+    for name in (impl, "reference"):
+        assert info_nce(rows, labels, impl=name).item() == pytest.approx(torch.tensor(39.0).log().item(), rel=1e-6)
 
 
 def test_equals_another_librarys(impl, device):
@@ -160,15 +160,15 @@ def test_tiles_of_rows_and_columns(monkeypatch):
         assert_right("cpu", *make_inputs(75, 8, dtype, "cpu", classes=3))
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_autocast_does_not_reach_in(impl, device):
     features, labels = make_inputs(20, 40, torch.float32, device)
-    with torch.autocast(device.type, torch.bfloat16):
-        inside = info_nce(features, labels, impl=impl)
-    gradient = torch.autograd.grad(inside, features)[0]
-    outside = info_nce(features, labels, impl=impl)
-    assert torch.equal(inside, outside)
-    assert torch.equal(gradient, torch.autograd.grad(outside, features)[0])
+    for name in (impl, "reference"):
+        with torch.autocast(device.type, torch.bfloat16):
+            inside = info_nce(features, labels, impl=name)
+        gradient = torch.autograd.grad(inside, features)[0]
+        outside = info_nce(features, labels, impl=name)
+        assert torch.equal(inside, outside)
+        assert torch.equal(gradient, torch.autograd.grad(outside, features)[0])
 
 
 def test_scaled_loss_scales_the_gradient(impl, dtype, device):

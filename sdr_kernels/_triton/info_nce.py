@@ -115,6 +115,7 @@ def _info_nce_fwd_kernel(
     mask = rows < N
     norm = tl.load(rows_ptr + rows, mask=mask, other=float("inf")).to(tl.float32)
     label = tl.load(labels_ptr + rows, mask=mask, other=0)
+    # similarities are divided last: before, their difference keeps what rounding or an FMA left of each
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     positive = tl.zeros((BLOCK_M,), tl.float32)  # less the largest, as the exponents: small numbers round little
@@ -125,16 +126,16 @@ def _info_nce_fwd_kernel(
         other = tl.load(labels_ptr + columns, mask=columns < N, other=0)
         other_norm = tl.load(rows_ptr + columns, mask=columns < N, other=float("inf")).to(tl.float32)
         dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_K)
-        logits = dots * left_over(norm, dtype)[:, None] * left_over(other_norm, dtype)[None, :] / temperature
+        near = dots * left_over(norm, dtype)[:, None] * left_over(other_norm, dtype)[None, :]
         apart = (columns < N)[None, :] & others(first, start, BLOCK_M, BLOCK_N)
         same = apart & (label[:, None] == other[None, :])
-        logits = tl.where(apart, logits, float("-inf"))
-        highest = tl.maximum(largest, tl.max(logits, 1), propagate_nan=tl.PropagateNan.ALL)
+        near = tl.where(apart, near, float("-inf"))
+        highest = tl.maximum(largest, tl.max(near, 1), propagate_nan=tl.PropagateNan.ALL)
         # a row that has met none but itself: the difference of two -inf would be NaN
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        total = total * tl.exp(largest - base) + tl.sum(tl.exp(logits - base[:, None]), 1)
+        total = total * tl.exp((largest - base) / temperature) + tl.sum(tl.exp((near - base[:, None]) / temperature), 1)
         positive += tl.where(count > 0, (largest - base) * count, 0.0)
-        positive += tl.sum(tl.where(same, logits - base[:, None], 0.0), 1)
+        positive += tl.sum(tl.where(same, near - base[:, None], 0.0), 1)
         count += tl.sum(same.to(tl.float32), 1)
         largest = highest
         anchor_columns = (columns < N) & (other == 0) if REAL else columns < N
@@ -142,7 +143,7 @@ def _info_nce_fwd_kernel(
     anchor = (count > 0) & (label == 0) if REAL else count > 0
     weight = tl.where(anchor, 1.0 / at_least_one(anchors), 0.0)
     each = weight / at_least_one(count)
-    loss = tl.where(anchor, tl.log(total) * weight - positive * each, 0.0)
+    loss = tl.where(anchor, tl.log(total) * weight - positive / temperature * each, 0.0)
     wide = N.to(tl.int64)
     tl.store(rows_ptr + wide + rows, largest, mask=mask)
     tl.store(rows_ptr + 2 * wide + rows, tl.where(anchor, weight / total, 0.0), mask=mask)
@@ -185,9 +186,9 @@ def _info_nce_bwd_kernel(
         other = tl.load(labels_ptr + columns, mask=columns < N, other=0)
         dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_K)
         across = left_over(other_norm, dtype)[None, :]
-        logits = dots * length[:, None] * across / temperature
-        pull = tl.exp(logits - largest[:, None]) * weight[:, None]
-        pull += tl.exp(logits - other_largest[None, :]) * other_weight[None, :]
+        near = dots * length[:, None] * across
+        pull = tl.exp((near - largest[:, None]) / temperature) * weight[:, None]
+        pull += tl.exp((near - other_largest[None, :]) / temperature) * other_weight[None, :]
         pull -= tl.where(label[:, None] == other[None, :], each[:, None] + other_each[None, :], 0.0)
         apart = (columns < N)[None, :] & others(first, start, BLOCK_M, BLOCK_N)
         pull = rounded(tl.where(apart, pull * across, 0.0), dtype)

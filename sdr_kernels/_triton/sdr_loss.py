@@ -46,19 +46,19 @@ def contrastive(
         norm = norm_of(tl.sum(tl.where(apart, 0.0, dots), 1))
     length = left_over(norm, dtype)
     apart = apart & (rows < N)[:, None] & (rows < N)[None, :]
-    logits = dots * length[:, None] * length[None, :] / temperature
+    near = dots * length[:, None] * length[None, :]
     label = tl.load(labels_ptr + rows // V, mask=rows < N, other=0).to(tl.int32)
     same = apart & (label[:, None] == label[None, :])
     count = tl.sum(same.to(tl.float32), 1)
     anchor = (rows < N) & (label == 0) if REAL else rows < N
     weight = tl.where(anchor & (count > 0), 1.0, 0.0)
     each = weight / at_least_one(count)
-    largest = tl.max(tl.where(apart, logits, float("-inf")), 1)
+    largest = tl.max(tl.where(apart, near, float("-inf")), 1)
     # 0 of a row that meets no other would be 1 / 0: such a row has no weight
-    exponentials = tl.where(apart, tl.exp(logits - largest[:, None]), 0.0)
+    exponentials = tl.where(apart, tl.exp((near - largest[:, None]) / temperature), 0.0)
     total = tl.sum(exponentials, 1)
     total = tl.where(weight == 0, 1.0, total)
-    nearness = tl.sum(tl.where(same, logits - largest[:, None], 0.0), 1)
+    nearness = tl.sum(tl.where(same, near - largest[:, None], 0.0), 1) / temperature
     anchors = at_least_one(tl.sum(anchor.to(tl.float32), 0))
     loss = tl.sum(tl.where(weight == 0, 0.0, tl.log(total) * weight - nearness * each), 0) / anchors
     pull = exponentials * (weight / total)[:, None] - tl.where(same, each[:, None], 0.0)
