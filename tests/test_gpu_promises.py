@@ -38,7 +38,6 @@ CLIPS = 64 if GPU else 2
 CLIPS_OF_THE_LOSS = 16 if GPU else 2  # 64 rows of features fit one program
 ELEMENTS = 4096 if GPU else 32  # of a step, at least
 LOSSES = ("info_nce", "leave_one_out_kl", "sdr_loss")
-BY_CUBLAS = ("temporal_conv3d",)  # its gradients: within a graph cuBLAS takes other algorithms
 DIFFERENTIABLE = (*LOSSES, "temporal_conv3d", "normed_stem", "normed_bottleneck")
 LIMIT = 2**31 if GPU else 2**8  # elements
 BUSY_CYCLES = 2_000_000_000  # of the default stream: a second or more
@@ -132,14 +131,9 @@ def captured(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[]
 
 
 @on_a_gpu(pytest.mark.promise(row="well behaved"))
-def test_a_graph_replays_what_it_captured(step, request):
+def test_a_graph_replays_what_it_captured(step):
     expected = step()
-    found, replay = captured(step)
-    if request.node.callspec.params["step"][0] in BY_CUBLAS:
-        replay()
-        assert torch.equal(expected[0], found[0])
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-        expected = [x.detach().clone() for x in found]
+    found, replay = captured(lambda: [x.clone() for x in step()])  # a gradient may be what came in, which stays
     for _ in range(REPLAYS):
         for x in found:
             x.detach().zero_()

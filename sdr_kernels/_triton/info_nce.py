@@ -115,7 +115,8 @@ def _info_nce_fwd_kernel(
     mask = rows < N
     norm = tl.load(rows_ptr + rows, mask=mask, other=float("inf")).to(tl.float32)
     label = tl.load(labels_ptr + rows, mask=mask, other=0)
-    # similarities are divided last: before, their difference keeps what rounding or an FMA left of each
+    # equal similarities differ by 0: no FMA takes a product of one into the difference (the where is between),
+    # both factors' order is the same for both rows, and the division comes last
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     positive = tl.zeros((BLOCK_M,), tl.float32)  # less the largest, as the exponents: small numbers round little
@@ -126,7 +127,7 @@ def _info_nce_fwd_kernel(
         other = tl.load(labels_ptr + columns, mask=columns < N, other=0)
         other_norm = tl.load(rows_ptr + columns, mask=columns < N, other=float("inf")).to(tl.float32)
         dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_K)
-        near = dots * left_over(norm, dtype)[:, None] * left_over(other_norm, dtype)[None, :]
+        near = dots * (left_over(norm, dtype)[:, None] * left_over(other_norm, dtype)[None, :])
         apart = (columns < N)[None, :] & others(first, start, BLOCK_M, BLOCK_N)
         same = apart & (label[:, None] == other[None, :])
         near = tl.where(apart, near, float("-inf"))
@@ -186,17 +187,17 @@ def _info_nce_bwd_kernel(
         other = tl.load(labels_ptr + columns, mask=columns < N, other=0)
         dots = inner_products(features_ptr, rows, norm, columns, other_norm, N, D, BLOCK_M, BLOCK_N, BLOCK_K)
         across = left_over(other_norm, dtype)[None, :]
-        near = dots * length[:, None] * across
+        apart = (columns < N)[None, :] & others(first, start, BLOCK_M, BLOCK_N)
+        near = tl.where(apart, dots * (length[:, None] * across), float("-inf"))
         pull = tl.exp((near - largest[:, None]) / temperature) * weight[:, None]
         pull += tl.exp((near - other_largest[None, :]) / temperature) * other_weight[None, :]
         pull -= tl.where(label[:, None] == other[None, :], each[:, None] + other_each[None, :], 0.0)
-        apart = (columns < N)[None, :] & others(first, start, BLOCK_M, BLOCK_N)
         pull = rounded(tl.where(apart, pull * across, 0.0), dtype)
-        along += tl.sum(pull * dots, 1)
+        along += tl.sum(tl.where(apart, pull * dots, 0.0), 1)
         acc = product_with_rows(pull, load_features(features_ptr, columns, other_norm, d, N, D), acc)
     own = load_features(features_ptr, rows, norm, d, N, D).to(tl.float32)
     if D <= BLOCK_D:  # all columns are here: the product itself cancels better than its sum of another order
-        along = tl.sum(acc * own, 1)
+        along = tl.sum(tl.where((d < D)[None, :], acc * own, 0.0), 1)
     dx = (acc - own * (along * length * length)[:, None]) * (tl.load(dloss_ptr) / (norm * temperature))[:, None]
     mask = (rows < N)[:, None] & (d < D)[None, :]
     tl.store(dfeatures_ptr + (rows[:, None] * D + d[None, :]), dx.to(dfeatures_ptr.dtype.element_ty), mask=mask)

@@ -46,14 +46,14 @@ def contrastive(
         norm = norm_of(tl.sum(tl.where(apart, 0.0, dots), 1))
     length = left_over(norm, dtype)
     apart = apart & (rows < N)[:, None] & (rows < N)[None, :]
-    near = dots * length[:, None] * length[None, :]
+    near = tl.where(apart, dots * (length[:, None] * length[None, :]), float("-inf"))
     label = tl.load(labels_ptr + rows // V, mask=rows < N, other=0).to(tl.int32)
     same = apart & (label[:, None] == label[None, :])
     count = tl.sum(same.to(tl.float32), 1)
     anchor = (rows < N) & (label == 0) if REAL else rows < N
     weight = tl.where(anchor & (count > 0), 1.0, 0.0)
     each = weight / at_least_one(count)
-    largest = tl.max(tl.where(apart, near, float("-inf")), 1)
+    largest = tl.max(near, 1)
     # 0 of a row that meets no other would be 1 / 0: such a row has no weight
     exponentials = tl.where(apart, tl.exp((near - largest[:, None]) / temperature), 0.0)
     total = tl.sum(exponentials, 1)
@@ -64,13 +64,13 @@ def contrastive(
     pull = exponentials * (weight / total)[:, None] - tl.where(same, each[:, None], 0.0)
     pull = tl.where(apart, pull + tl.trans(pull), 0.0) * length[None, :] / (anchors * temperature)
     pull = rounded(pull, dtype)
-    along = tl.sum(pull * dots, 1) * length * length
+    along = tl.sum(tl.where(apart, pull * dots, 0.0), 1) * length * length
     x = load_features(features_ptr, rows, norm, columns, N, D)
     dx = product_with_rows(pull, x, tl.zeros((BLOCK_N, BLOCK_D), tl.float32))
-    if D <= BLOCK_D:  # all columns are here: the product itself cancels better than its sum of another order
-        along = tl.sum(dx * x.to(tl.float32), 1) * length * length
-    dx = (dx - x.to(tl.float32) * along[:, None]) / norm[:, None]
     mask = (rows < N)[:, None] & (columns < D)[None, :]
+    if D <= BLOCK_D:  # all columns are here: the product itself cancels better than its sum of another order
+        along = tl.sum(tl.where(mask, dx * x.to(tl.float32), 0.0), 1) * length * length
+    dx = (dx - x.to(tl.float32) * along[:, None]) / norm[:, None]
     tl.store(dfeatures_ptr + (rows[:, None] * D + columns[None, :]), dx, mask=mask)
     return loss
 

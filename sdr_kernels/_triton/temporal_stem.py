@@ -99,7 +99,8 @@ def _temporal_stem_fwd_kernel(
     w = w.to(w_ptr.dtype.element_ty)
     if UINT8:
         # from the rounded weights: their error then multiplies the normalised pixel, which is smaller
-        constant = tl.sum(w.to(tl.float32) * of_colour(colour, offset_r, offset_g, offset_b)[:, None], 0)
+        constant = w.to(tl.float32) * of_colour(colour, offset_r, offset_g, offset_b)[:, None]
+        constant = tl.sum(tl.where(w_mask, constant, 0.0), 0)
     best = max_of_window(
         x_ptr + (clip // num_groups * stride_b + group * stride_v + colour * stride_c.to(tl.int64) + tap_t * stride_t),
         tap_mask, position // out_w, position % out_w, (H // 2).to(tl.int64) * 2 - 1, (W // 2).to(tl.int64) * 2 - 1,
