@@ -3,7 +3,8 @@
 ``python -m sdr_kernels.audit`` prints a table of registers, spills, shared memory and instructions, and ends with 1
 where a rule is broken: a spill, more shared memory than the architecture has, a matrix kernel in half precision
 without tensor-core instructions, a pointer offset that is not computed in 64 bits, a maximum that drops NaN, a float32
-product rounded to TF32, floats added in any order by atomics, a shape class that no case compiles.
+product rounded to TF32, floats added in any order by atomics, a sum whose lanes round differently, a shape class that
+no case compiles.
 """
 
 import argparse
@@ -138,6 +139,8 @@ def judge(kernel, case: AuditCase, job: Job, shape_class: str, tile: Tile) -> Ro
     wide = [load for load in loads if re.search(r"\.v4\.b32|\.v2\.b64|\.bulk|, 0x10\b", load)]
     shared = kernel.metadata.shared
     broken = narrow_offsets(kernel.asm["ttir"]) + lost_values(kernel.asm["ttir"])
+    if lanes_differ(kernel.asm["ptx"]):
+        broken.append("a product is fused into a sum over lanes, whose results then differ")
     if stack or local:
         broken.append(f"spills: {stack} bytes of stack, {local} of local memory")
     if shared > SHARED_MEMORY[job.arch]:
@@ -162,6 +165,18 @@ def lost_values(ttir: str) -> list[str]:
     if re.search(r"tt\.atomic_rmw f\w+", ttir):
         broken.append("floats are added by atomics, in any order")
     return broken
+
+
+def lanes_differ(ptx: str) -> bool:
+    """A multiply-add takes another lane's value as what it adds.
+
+    Lanes of a butterfly then add the rounded product of one to the exact product of the other. The results that they
+    hold, or write to one place of shared memory, differ in the last bit: racecheck's write-write hazard.
+    """
+    shuffled = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%\w+)", ptx))
+    shuffled |= {new for new, old in re.findall(r"mov\.b32\s+(%\w+),\s*(%\w+);", ptx) if old in shuffled}
+    added = re.findall(r"fma\.rn(?:\.ftz)?\.f32\s+%\w+,\s*\S+,\s*\S+,\s*(%\w+);", ptx)
+    return not shuffled.isdisjoint(added)
 
 
 def resources(cubin: bytes) -> tuple[int, int, int]:

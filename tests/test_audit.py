@@ -10,7 +10,7 @@ import pytest
 
 from sdr_kernels._offsets import narrow_offsets
 from sdr_kernels._tiles import load_tiles
-from sdr_kernels.audit import Job, Row, lost_values, run_jobs, table, uncovered_classes
+from sdr_kernels.audit import Job, Row, lanes_differ, lost_values, run_jobs, table, uncovered_classes
 
 TABLE = Path(__file__).parents[1] / "bench" / "results" / "audit_sm80_sm90.json"
 FAULTS = {
@@ -117,6 +117,20 @@ def test_offsets_are_followed(body, found):
 def test_products_in_tf32_are_found(precision, dtype, found):
     kinds = f"tensor<64x16x{dtype}> * tensor<16x64x{dtype}> -> tensor<64x64xf32>"
     assert lost_values(f"    %d = tt.dot %x, %w, %acc{precision} : {kinds} loc(#loc)") == found
+
+
+@pytest.mark.promise(row="repeatable")
+@pytest.mark.parametrize(
+    ("first", "found"),
+    [
+        ("add.f32 \t%r4, %r1, %r3;", False),
+        ("fma.rn.f32 \t%r4, %r1, %r2, %r3;", True),
+        ("mov.b32 \t%r9, %r3;\n\tfma.rn.f32 \t%r4, %r1, %r2, %r9;", True),
+        ("fma.rn.f32 \t%r4, %r3, %r2, %r1;", False),
+    ],
+)
+def test_a_product_fused_into_a_sum_over_lanes_is_found(first, found):
+    assert lanes_differ(f"\tshfl.sync.bfly.b32 \t%r3, %r2, 1, 31, -1;\n\t{first}\n") is found
 
 
 def test_offset_of_32_bits_needs_bounds():

@@ -100,6 +100,7 @@ def add_centered_product(
 def store_sums(partial_ptr, g, products, columns, C):
     """Sums over rows of g and of products, both [M, N], to partial [2, C]."""
     tl.store(partial_ptr + columns, tl.sum(g, 0), mask=columns < C)
+    products = tl.where((columns < C)[None, :], products, 0.0)  # no FMA makes the lanes' sums differ
     tl.store(partial_ptr + (C + columns), tl.sum(products, 0), mask=columns < C)
 
 

@@ -24,9 +24,9 @@ def log_softmax(logits_ptr, row, mask, k, temperature, K: tl.constexpr):
 
 
 @triton.jit
-def divergence(log_p, log_q):
-    """KL(P || Q) of each row, [M]."""
-    return tl.sum(tl.exp(log_p) * (log_p - log_q), 1)
+def divergence(log_p, log_q, mask):
+    """KL(P || Q) of each row, [M]; 0 outside the mask, which also keeps the product out of the sum's first addition."""
+    return tl.sum(tl.where(mask[:, None], tl.exp(log_p) * (log_p - log_q), 0.0), 1)
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def mutual_information(
     total = tl.zeros_like(clips).to(tl.float32)
     for v in range(V):
         log_loo = log_softmax(loo_ptr, (clips * V + v) * K, mask, k, temperature, K)
-        total += divergence(log_loo, log_joint) if REVERSE else divergence(log_joint, log_loo)
+        total += divergence(log_loo, log_joint, mask) if REVERSE else divergence(log_joint, log_loo, mask)
     total = tl.where(total < 0, 0.0, total)  # rounding can leave it there; keeps NaN
     value = tl.exp(-total) if COMPLEMENTARY else total
     slope = (-value if COMPLEMENTARY else tl.full(value.shape, 1.0, tl.float32)) / (B * temperature)
@@ -56,11 +56,11 @@ def mutual_information(
         log_loo = log_softmax(loo_ptr, row, mask, k, temperature, K)
         apart = tl.exp(log_loo) - tl.exp(log_joint)
         if REVERSE:
-            kl = divergence(log_loo, log_joint)
+            kl = divergence(log_loo, log_joint, mask)
             dloo = tl.exp(log_loo) * (log_loo - log_joint - kl[:, None])
             djoint -= apart
         else:
-            kl = divergence(log_joint, log_loo)
+            kl = divergence(log_joint, log_loo, mask)
             dloo = apart
             djoint += tl.exp(log_joint) * (log_joint - log_loo - kl[:, None])
         store_classes(dloo_ptr, row, mask, k, dloo * slope[:, None], K)

@@ -45,6 +45,7 @@ def row_statistics(x_tile, k, row_mask, eps, K: tl.constexpr, BLOCK_M: tl.conste
         left += centred
         squares += centred * centred
     shift = tl.sum(left, 1) / K
+    squares = tl.where(row_mask[:, None], squares, 0.0)  # no FMA makes the lanes' sums differ
     var = tl.sum(squares, 1) / K - shift * shift
     return mean + shift, 1.0 / tl.sqrt_rn(tl.where(var < 0, 0.0, var) + eps)  # keeps NaN
 
