@@ -108,13 +108,13 @@ def test_edges_are_finite_and_right(edge, anchors, temperature, impl, dtype, dev
         torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=2e-5)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLS])
 def test_no_rows(impl, device):
-    features = torch.zeros(0, 3, device=device).requires_grad_()
-    loss = info_nce(features, torch.zeros(0, dtype=torch.long, device=device), impl=impl)
-    loss.backward()
-    assert loss.item() == 0
-    assert features.grad.shape == (0, 3)
+    for name in (impl, "reference"):
+        features = torch.zeros(0, 3, device=device).requires_grad_()
+        loss = info_nce(features, torch.zeros(0, dtype=torch.long, device=device), impl=name)
+        loss.backward()
+        assert loss.item() == 0
+        assert features.grad.shape == (0, 3)
 
 
 def test_identical_rows_of_one_class_give_the_logarithm_of_the_rest(impl, device):
