@@ -33,6 +33,10 @@ SIZE, T = 32, 8
 SETTINGS = ("--size", SIZE, "--num_frames", T, "--stride", T, "--min_frames", 4)
 LAYOUTS = ("ffpp", "celebdf", "dfdc", "deepfakebench")
 SPAWNED = LAYOUTS[0]  # whose workers are not forks, but started as for a user
+SOAK = draws.KILLS >= 50  # CI takes half of the layouts: what resumes does not know them
+KILLED = (
+    [*zip(LAYOUTS, ["SIGKILL", "SIGTERM"] * 2, strict=True)] if SOAK else [(SPAWNED, "SIGKILL"), ("dfdc", "SIGTERM")]
+)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -120,7 +124,7 @@ def sdr(tmp_path_factory) -> Commands:
 @pytest.mark.slow
 @pytest.mark.promise(row="kill -9")
 @pytest.mark.promise(row="atomic")
-@pytest.mark.parametrize(("layout", "name"), list(zip(LAYOUTS, ["SIGKILL", "SIGTERM"] * 2, strict=True)))
+@pytest.mark.parametrize(("layout", "name"), KILLED)
 def test_killed_at_random_points_and_resumed_is_byte_identical(tmp_path, sdr, layout, name):
     root = make_dataset(tmp_path / "data", layout)
     whole = tmp_path / "whole"
@@ -585,7 +589,7 @@ def test_settings_may_change_before_the_first_clip(dataset, tmp_path, detections
     assert files(out) == files(finished)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "ffpp"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "ffpp"] if SOAK else ["dfdc"])
 def test_a_relative_root_gives_the_same(tmp_path, monkeypatch, layout):
     root = make_dataset(tmp_path / "data", layout)
     detections = tmp_path / "detections"
