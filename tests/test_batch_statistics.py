@@ -74,7 +74,7 @@ def test_fused_statistics_are_those_of_the_rounded_rows():
 
 @pytest.mark.parametrize("ratio", [1, 10, 100, 1000])
 def test_large_means_in_gram(ratio, dtype, device):
-    """float16 keeps the stated limit, 4 u (h |W|)^2; float32, about a pivot, as good as loses nothing."""
+    """float16 keeps the stated limit, 4 u (h |W|)^2; float32, with products in float64, as good as loses nothing."""
     x = (ratio + torch.randn(1, 1, 32, 4, 8, 8, device=device)).to(dtype)
     layer = conv(x, 16, 32)
     exact_mean, exact_var = moments(conv3d_branches(x.double(), layer.weight.double()))

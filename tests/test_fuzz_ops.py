@@ -202,8 +202,8 @@ def compare(case: Case, dtype: torch.dtype, found: list[list[Tensor]]) -> set[st
 def check_result(case: Case, value: Tensor, plain: Tensor, truth: Tensor, _near: Tensor, words: set[str]) -> None:
     errors = Errors.make(value, plain, truth, truth)
     check_accuracy("the result", errors, value.dtype, largest([errors.truth]), words)
-    if case.kind == "normal" and truth.numel() >= 64:
-        size = truth.square().mean().sqrt()
+    size = truth.square().mean().sqrt()
+    if case.kind == "normal" and truth.numel() >= 64 and size > 0:
         error, of_plain = (x.square().mean().sqrt() / size for x in errors[1:3])
         if not error <= max(RMS[value.dtype], 2 * of_plain * (value.dtype == torch.float16)):
             raise InaccurateError(f"relative error {error:.2e}, plain torch's {of_plain:.2e}")
@@ -211,7 +211,7 @@ def check_result(case: Case, value: Tensor, plain: Tensor, truth: Tensor, _near:
 
 def check_direction(name: str, value: Tensor, truth: Tensor, size: Tensor) -> None:
     """A value that is 0 before a ReLU, to its rounding, turns a gradient a little; one that is wrong turns it far."""
-    if not truth.isfinite().all() or largest([truth]) < SMALL * size:
+    if not truth.isfinite().all() or largest([truth]) <= SMALL * size:
         return
     cosine = torch.cosine_similarity(value.double().flatten(), truth.flatten(), dim=0)
     if not cosine >= COSINE:

@@ -109,6 +109,16 @@ def test_an_infinite_logit_gives_what_torch_gives(value, label, device):
     assert torch.equal(ours[0].nan_to_num(1.0, 2.0, 3.0), exact[0].nan_to_num(1.0, 2.0, 3.0))
 
 
+@pytest.mark.promise(row="odd inputs")
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")  # the interpreter's, of numpy
+@pytest.mark.parametrize("D", [4, 63])  # of one program, and of several
+def test_the_gradient_of_an_infinite_feature_that_meets_no_other_is_nan(D, device):
+    features = torch.ones(1, 1, D, device=device).index_fill_(-1, torch.tensor(2, device=device), float("inf"))
+    logits, *heads = (torch.zeros(shape, device=device) for shape in ((1,), (1, 2), (1, 1, 2)))
+    parts = sdr_loss(features.requires_grad_(), logits.long(), logits, *heads, impl="triton")
+    assert torch.autograd.grad(parts.sum(), features)[0].isnan().all()
+
+
 @pytest.mark.parametrize("edge", ["zero vectors", "identical", "one zero vector"])
 def test_features_without_a_direction(edge, dtype, device):
     x, labels, *rest = make_inputs((4, 3, 6), dtype, device)

@@ -193,7 +193,7 @@ def _info_nce_bwd_kernel(
         pull += tl.exp((near - other_largest[None, :]) / temperature) * other_weight[None, :]
         pull -= tl.where(label[:, None] == other[None, :], each[:, None] + other_each[None, :], 0.0)
         pull = rounded(tl.where(apart, pull * across, 0.0), dtype)
-        along += tl.sum(tl.where(apart, pull * dots, 0.0), 1)
+        along += tl.sum(tl.where((columns < N)[None, :], pull * dots, 0.0), 1)  # a row's own: 0, or NaN is kept
         acc = product_with_rows(pull, load_features(features_ptr, columns, other_norm, d, N, D), acc)
     own = load_features(features_ptr, rows, norm, d, N, D).to(tl.float32)
     if D <= BLOCK_D:  # all columns are here: the product itself cancels better than its sum of another order

@@ -55,6 +55,14 @@ def load_normed(ptr, rows, columns, row_mask, scale, shift, center, C):
     return x
 
 
+@triton.jit
+def centered(x, center, row_mask):
+    """x - center in float64, [M, K], 0 where row_mask, [K], is off; x itself where center, [M, 1] float32, is None."""
+    if center is not None:
+        x = tl.where(row_mask[None, :], x.to(tl.float64) - center, 0.0)
+    return x
+
+
 @triton.jit(
     do_not_specialize=["B", "V", "T", "H", "W", "num_rows", "pooled_rows", "tap_rows", "kernel", "splits", "code_bytes"]
 )
@@ -176,17 +184,19 @@ def _covariance_kernel(
     row_tiles = tl.cdiv(tl.cast(num_rows, tl.int64), BLOCK_K).to(tl.int32)
     first, end = share(split, splits, B, row_tiles)
     acc = tl.zeros((BLOCK_M, BLOCK_M), partial_ptr.dtype.element_ty)
-    sums = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_K), partial_ptr.dtype.element_ty)
     for step in range(first, end):
         clip = (step // row_tiles).to(tl.int64) * V + branch
         rows = (step % row_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
         inside = rows < num_rows
         clip_ptr = x_ptr + clip * num_rows * C
-        x = load_normed(clip_ptr, rows, left, inside, left_scale, left_shift, left_center, C)
+        x = load_normed(clip_ptr, rows, left, inside, left_scale, left_shift, None, C)
+        x = centered(x, left_center, inside)
         y = x
         if not SINGLE:
-            y = load_normed(clip_ptr, rows, right, inside, right_scale, right_shift, right_center, C)
-        sums += y.to(tl.float32)
+            y = load_normed(clip_ptr, rows, right, inside, right_scale, right_shift, None, C)
+            y = centered(y, right_center, inside)
+        sums += y.to(sums.dtype)
         # not summed by tensor cores, which cut off: squares would lose a little every time; and a product that is added
         # Triton hands to them, one that is subtracted not
         acc -= tl.dot(x, tl.trans(y), input_precision="ieee")
@@ -297,7 +307,7 @@ def covariance(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> tuple[T
     splits = num_splits(tiles * (tiles + 1) // 2 * V, B, T * H * W, tile["BLOCK_K"])
     partials = x.new_empty((splits, V, C, C), dtype=accumulator(x.dtype))
     sums = wide(x, splits, V, C)
-    # squares of what lies around 0; half precision would have to round what is left of rows
+    # float32 rows, whose products float32 would round: float64 ones, about a pivot, so that no mean is too large
     center = plain.normed(x[:1, :, :1], scale, shift).mean((0, 2, 3, 4)) if x.dtype == torch.float32 else None
     with torch.cuda.device_of(x):
         _covariance_kernel[(tiles * tiles, V, splits)](

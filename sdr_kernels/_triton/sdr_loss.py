@@ -64,7 +64,8 @@ def contrastive(
     pull = exponentials * (weight / total)[:, None] - tl.where(same, each[:, None], 0.0)
     pull = tl.where(apart, pull + tl.trans(pull), 0.0) * length[None, :] / (anchors * temperature)
     pull = rounded(pull, dtype)
-    along = tl.sum(tl.where(apart, pull * dots, 0.0), 1) * length * length
+    # a row's own product too: 0, or NaN is kept
+    along = tl.sum(tl.where((rows < N)[None, :], pull * dots, 0.0), 1) * length * length
     x = load_features(features_ptr, rows, norm, columns, N, D)
     dx = product_with_rows(pull, x, tl.zeros((BLOCK_N, BLOCK_D), tl.float32))
     mask = (rows < N)[:, None] & (columns < D)[None, :]

@@ -60,7 +60,7 @@ def load_patches(ptrs, tap_mask, other, offset, CORNER: tl.constexpr, stride_h, 
 @triton.jit(do_not_specialize=["B", "V", "T", "H", "W", *STRIDES])
 def _patch_moments_kernel(
     x_ptr,  # [B, V, 3, T, H, W] by its strides
-    pivot_ptr,  # [V, 3], subtracted from pixels, or None
+    pivot_ptr,  # [V, 3], subtracted from pixels in float64, as products then are; or None
     partial_ptr,  # [shares, V, 16, 16] float64
     B, V, T, H, W, stride_b, stride_v, stride_c, stride_t, stride_h, stride_w,
     KERNEL: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -85,8 +85,10 @@ def _patch_moments_kernel(
         for t in range(T):  # the same pixels over time: all but the newest of a patch's frames are in L1
             current = x
             if pivot_ptr is not None:
-                current = tl.where(pixel_mask, current - pivot, 0.0)
-            current = tl.where(one, 1.0, current).to(x.dtype)
+                current = tl.where(pixel_mask, current.to(tl.float64) - pivot, 0.0)
+            current = tl.where(one, 1.0, current)
+            if pivot_ptr is None:
+                current = current.to(x.dtype)
             offsets, taps = patch_taps(tl.cast(t, tl.int64) + 1, T, stride_c, stride_t, KERNEL)
             x = tl.load(ptrs + offsets[:, None], mask=taps[:, None] & pixel_mask, other=0.0)
             # float32 for few pixels at a time: tensor cores cut sums off, and changes over time are small differences
@@ -223,7 +225,7 @@ def patch_covariance(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
     tile = choose_tile(f"patch_covariance {precision_class(x.dtype)}", B * V * T * H * W, x.device)
     partial = wide(x, triton.cdiv(B * triton.cdiv(H * W, tile["BLOCK_M"]), tile["SHARE"]), V, 16, 16)
     pivot = None
-    # products of float32, unlike those of half precision, are not exact: better of small values
+    # float32 pixels, whose products float32 would round: float64 ones, about a pivot, so that no mean is too large
     if x.dtype == torch.float32:
         # of a copy: the order of a sum in torch, and so its last bit, depends on strides
         pivot = x[0, :, :, 0].contiguous().mean((-2, -1)).nan_to_num(0, 0, 0)
