@@ -47,6 +47,11 @@ def wide(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float64)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Of sums over the rows of a tile: what is made of them would show a float32 sum of float32 rows, no other."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
 def _fake_conv_moments(x, scale, shift, weight):
     out = empty_pooled(x, weight.shape[-1], 1)
     return out, wide(x, weight.shape[0], 2, weight.shape[-1])

@@ -1,7 +1,7 @@
 """Gradients of rows: products of gradient rows with weights, and what training adds, masks and sums beside them.
 
 A product reads its rows as ``_rows.py`` says and rounds them on the way to the tensor cores; a second one, of centred
-activations with a matrix, adds to the same accumulator. Sums over rows are float32 in a tile and float64 between tiles.
+activations with a matrix, adds to the same accumulator.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdr_kernels._cases import BRANCHES, FRAMES, PRECISIONS, AuditCase, Block, randn
 from sdr_kernels._cpu import conv_grad as plain
-from sdr_kernels._rows import pooled_size
+from sdr_kernels._rows import accumulator, pooled_size
 from sdr_kernels._tiles import choose_tile, precision_class, width_class
 from sdr_kernels._triton._rows import (
     at,
@@ -98,7 +98,8 @@ def add_centered_product(
 
 @triton.jit
 def store_sums(partial_ptr, g, products, columns, C):
-    """Sums over rows of g and of products, both [M, N], to partial [2, C]."""
+    """Sums over rows of g and of products, both [M, N], to partial [2, C], in its dtype."""
+    g, products = g.to(partial_ptr.dtype.element_ty), products.to(partial_ptr.dtype.element_ty)
     tl.store(partial_ptr + columns, tl.sum(g, 0), mask=columns < C)
     products = tl.where((columns < C)[None, :], products, 0.0)  # no FMA makes the lanes' sums differ
     tl.store(partial_ptr + (C + columns), tl.sum(products, 0), mask=columns < C)
@@ -119,7 +120,7 @@ def _conv_grad_kernel(
     residual_code_ptr,  # [B, V, pooled rows, ceil(C_in / 4)], or None
     z_center_ptr,  # [V, C_in] float32, or None
     out_ptr,  # [B, V, num_rows, C_in]
-    partial_ptr,  # [V, B, row tiles, 2, C_in] float32, or None
+    partial_ptr,  # [V, B, row tiles, 2, C_in] float32, or float64 for float32 rows, or None
     B, V, C_out, C_in, num_rows, T, H, W,
     POOL: tl.constexpr, RESIDUAL_POOL: tl.constexpr, KERNEL: tl.constexpr, RELU: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -180,7 +181,7 @@ def _grad_sums_kernel(
     code_ptr,  # [B, V, pooled rows, ceil(C / 4)], or None
     z_ptr,  # [B, V, num_rows, C]
     center_ptr,  # [V, C] float32
-    partial_ptr,  # [V, B, parts, 2, C] float32
+    partial_ptr,  # [V, B, parts, 2, C] float32, or float64 for float32 rows
     B, V, C, num_rows, T, H, W,
     POOL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -199,8 +200,8 @@ def _grad_sums_kernel(
     y_ptr = at(y_ptr, clip * pooled * C)
     code_ptr = at(code_ptr, clip * pooled * code_bytes(C))
     z_ptr += clip * num_rows * C
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
+    products = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
     first = part * (BLOCK_M * STEPS)
     for start in range(first, tl.minimum(first + BLOCK_M * STEPS, pooled), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -208,14 +209,14 @@ def _grad_sums_kernel(
         mask = read[:, None] & (columns < C)[None, :]
         # rows of the pool's result: each value counts at one of the rows that met there
         d = load_gradient(d_ptr, y_ptr, None, None, None, None, None, None, rows, columns, mask, C, T, H, W, 1)
-        sums += d
+        sums += d.to(sums.dtype)
         if POOL > 1:
             code = load_code(code_ptr, rows, read, columns, mask, quads, C)
         for corner in tl.static_range(POOL):
             g = d if POOL == 1 else tl.where(code == corner, d, 0.0)
             places = before_pool(rows, corner, H, W, POOL)
             z = tl.load(z_ptr + (places[:, None] * C + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
-            products += g * (z - center)
+            products += (g * (z - center)).to(products.dtype)
     part = (branch * B + clip // V) * parts + part
     store_sums(partial_ptr + part * 2 * C, sums, products, columns, C)
 
@@ -254,7 +255,7 @@ def conv_grad(
     tile = choose_tile(grad_class(d.dtype, C_in), B * V * T * H * W, d.device)
     row_tiles = triton.cdiv(T * H * W, tile["BLOCK_M"])
     sums = z_center is not None
-    partial = d.new_empty((V, B * row_tiles, 2, C_in if sums else 0), dtype=torch.float32)
+    partial = d.new_empty((V, B * row_tiles, 2, C_in if sums else 0), dtype=accumulator(d.dtype))
     even = C_out % tile["BLOCK_K"] == 0 and C_in % tile["BLOCK_N"] == 0
     even = even and (matrix is None or C_in % tile["BLOCK_K"] == 0)
     if B:
@@ -273,7 +274,7 @@ def grad_sums(d: Tensor, y: Tensor | None, code: Tensor | None, pool: int, z: Te
     rows = math.prod(pooled_size((T, H, W), pool))
     tile = choose_tile(f"grad_sums {precision_class(d.dtype)}", B * V * T * H * W, d.device)
     parts = triton.cdiv(rows, tile["BLOCK_M"] * tile["STEPS"])
-    partial = d.new_empty((V, B * parts, 2, C), dtype=torch.float32)
+    partial = d.new_empty((V, B * parts, 2, C), dtype=accumulator(d.dtype))
     if B * parts:
         with torch.cuda.device_of(d):
             _grad_sums_kernel[(parts * triton.cdiv(C, tile["BLOCK_N"]) * B * V,)](

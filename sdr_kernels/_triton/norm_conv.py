@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdr_kernels._cases import BRANCHES, PRECISIONS, AuditCase, randn
 from sdr_kernels._cpu import norm_conv as plain
-from sdr_kernels._rows import empty_code, empty_pooled, wide
+from sdr_kernels._rows import accumulator, empty_code, empty_pooled, wide
 from sdr_kernels._tiles import choose_tile, precision_class, width_class
 from sdr_kernels._triton._rows import before_pool, code_bytes, load_values, normed, pack_code, pooled_rows
 from sdr_kernels._triton.temporal_conv3d import relu
@@ -132,7 +132,8 @@ def _conv_moments_kernel(
     scale_ptr, shift_ptr,  # [V, C_in] float32, or None
     w_ptr,  # [V, KERNEL, C_in, C_out]
     out_ptr,  # [B, V, num_rows, C_out]
-    partial_ptr,  # [B, V, row tiles, 2, C_out] float32: mean less the tile's first row, sum of squared deviations
+    # [B, V, row tiles, 2, C_out] float32, or float64 for float32 rows: mean less the tile's first row, and the sum of
+    partial_ptr,  # squared deviations
     V, num_rows, tap_rows, C_in, C_out,
     KERNEL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -158,10 +159,10 @@ def _conv_moments_kernel(
     z = acc.to(out_ptr.dtype.element_ty)
     offsets = (clip * num_rows + rows)[:, None] * C_out + columns[None, :]
     tl.store(out_ptr + offsets, z, mask=row_mask[:, None] & (columns < C_out)[None, :])
-    z = z.to(tl.float32)
+    z = z.to(partial_ptr.dtype.element_ty)
     z -= tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == 0, z, 0.0), 0)[None, :]
     z = tl.where(row_mask[:, None], z, 0.0)
-    mean = tl.sum(z, 0) / tl.minimum(num_rows - first_row, BLOCK_M).to(tl.float32)
+    mean = tl.sum(z, 0) / tl.minimum(num_rows - first_row, BLOCK_M).to(z.dtype)
     z = tl.where(row_mask[:, None], z - mean[None, :], 0.0)
     partial_ptr += row_tile * 2 * C_out + columns
     tl.store(partial_ptr, mean, mask=columns < C_out)
@@ -274,7 +275,7 @@ def convolve_tiles(x: Tensor, scale: Tensor | None, shift: Tensor | None, weight
     out = empty_pooled(x, C_out, 1)
     tile = choose_tile(tile_class("conv_moments", x.dtype, C_out), B * V * T * H * W, x.device)
     row_tiles = triton.cdiv(T * H * W, tile["BLOCK_M"])
-    partials = x.new_empty((B, V, row_tiles, 2, C_out), dtype=torch.float32)
+    partials = x.new_empty((B, V, row_tiles, 2, C_out), dtype=accumulator(x.dtype))
     if B == 0:
         return out, partials, tile["BLOCK_M"]
     with torch.cuda.device_of(x):
@@ -370,7 +371,8 @@ def audit_cases(precision: str) -> Iterator[AuditCase]:
     def sums_inputs(C, T, H, B, device):
         out = randn(B, BRANCHES, T, H, H, C, device=device, dtype=dtype)
         tile_rows = choose_tile(tile_class("conv_moments", dtype, C), out[..., 0].numel(), device)["BLOCK_M"]
-        return out, randn(B, BRANCHES, triton.cdiv(T * H * H, tile_rows), 2, C, device=device), tile_rows
+        shape = B, BRANCHES, triton.cdiv(T * H * H, tile_rows), 2, C
+        return out, randn(*shape, device=device, dtype=accumulator(dtype)), tile_rows
 
     def norm_inputs(C_in, C_out, T, H, around, pool, coded, B, device):
         residual = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdr_kernels._cases import BRANCHES, PRECISIONS, AuditCase, randn
 from sdr_kernels._cpu import row_products as plain
-from sdr_kernels._rows import pooled_size, wide
+from sdr_kernels._rows import accumulator, pooled_size, wide
 from sdr_kernels._tiles import choose_tile, precision_class
 from sdr_kernels._triton._rows import at, load_gradient, load_values, normed
 
@@ -97,7 +97,7 @@ def _row_products_kernel(
     row_tiles = tl.cdiv(tl.cast(num_rows, tl.int64), BLOCK_K).to(tl.int32)
     first, end = share(split, splits, B, row_tiles)
     acc = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
-    sums = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_K, BLOCK_N), acc.dtype)
     for step in range(first, end):
         clip = (step // row_tiles).to(tl.int64) * V + branch
         x_rows = (step % row_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -111,7 +111,7 @@ def _row_products_kernel(
             inside[:, None] & (columns < C_out)[None, :], C_out, T, H, W, POOL, quads,
         )  # fmt: skip
         if sums_ptr is not None:
-            sums += g
+            sums += g.to(sums.dtype)
         if x.dtype == tl.float32:
             acc += tl.dot(x, g, input_precision="ieee")
         else:
@@ -212,11 +212,6 @@ def num_splits(programs: int, B: int, rows: int, block_rows: int) -> int:
     tiles = B * triton.cdiv(rows, block_rows)
     to_fill = min(triton.cdiv(PROGRAMS, programs), tiles // FEWEST)
     return max(1, to_fill, triton.cdiv(tiles * block_rows, CHAIN))
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Of products of rows: differences of sums over float32 rows would show a float32 sum."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 def products_class(dtype: torch.dtype, C_in: int, C_out: int, raw: bool) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdr_kernels._cases import BRANCHES, FRAMES, PRECISIONS, STEMS, AuditCase, randn
 from sdr_kernels._cpu import stem_training as plain
-from sdr_kernels._rows import wide
+from sdr_kernels._rows import accumulator, wide
 from sdr_kernels._tiles import choose_tile, precision_class
 from sdr_kernels._triton.temporal_conv3d import relu
 
@@ -261,9 +261,7 @@ def stem_products(x: Tensor, d: Tensor, y: Tensor, code: Tensor, kernel_size: in
     B, V, T, out_h, out_w, C = d.shape
     tile = choose_tile(stem_class("stem_products", x.dtype, C), B * V * T * out_h * out_w, x.device)
     tiles = B * T * triton.cdiv(out_h * out_w, tile["BLOCK_M"])
-    # differences of sums over float32 rows would show a float32 sum
-    dtype = torch.float64 if x.dtype == torch.float32 else torch.float32
-    partial = x.new_empty((triton.cdiv(tiles, tile["SHARE"]), V, C, 16), dtype=dtype)
+    partial = x.new_empty((triton.cdiv(tiles, tile["SHARE"]), V, C, 16), dtype=accumulator(x.dtype))
     grid = (partial.shape[0] * V * triton.cdiv(C, tile["BLOCK_N"]),)
     if partial.numel():
         with torch.cuda.device_of(x):
