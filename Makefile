@@ -39,8 +39,9 @@ control: $(DEMO)/data
 $(DEMO)/data:
 	$(MAKE) demo
 
+# TEST='-k videos' chooses; CI has all
 test: $(VENV)/installed
-	$(BIN)/pytest -n 2 -p no:benchmark
+	$(BIN)/pytest -n 2 -p no:benchmark $(TEST)
 
 # the promises at full length, hours on two cores, and the table of docs/promises.md; SOAK='-k videos', SEED=number
 soak: $(VENV)/installed
