@@ -32,7 +32,7 @@ def test_equals_the_definition(way, shape, hint):
 
     def ours(x, weight, bias, out):
         packed = pack(weight, hint, 1)
-        assert packed.is_mkldnn == (way == "packed")
+        assert packed.is_mkldnn == (way == "packed" and C_in <= products.MAX_CHANNELS)
         sums = [out.clone(), out.clone()]
         add_product(sums[0], x, packed, bias)
         add_product(sums[1], x, packed)

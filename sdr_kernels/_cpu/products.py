@@ -1,7 +1,8 @@
 """Products of rows and weights: oneDNN's pointwise convolution, whose weights are packed before; else torch's own.
 
 torch has no public call for a packed product, only the operators that its compiler writes. Their ReLU turns NaN into
-zero, so it is not used. Sums of many channels round more than in torch's own products: four times as much from 1024 on.
+zero, so it is not used. Sums of many channels round more than in torch's own products, over four times as much from 512
+on with some CPUs: those are torch's own.
 """
 
 import logging
@@ -11,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+MAX_CHANNELS = 256  # of a sum that is at most twice as far from exact as torch's own
 MIN_ROWS = 1024  # that a weight meets in a call; packing it costs more than it saves for fewer
 _GEOMETRY = [0, 0], [1, 1], [1, 1], 1  # padding, stride, dilation, groups
 
@@ -46,7 +48,7 @@ def pack(weight: Tensor, rows: int, times: int) -> Tensor:
 
     A product of other rows, or on another number of threads than the one that packs, is right and may be very slow.
     """
-    if rows * times < MIN_ROWS or not torch.backends.mkldnn.enabled or not packs():
+    if weight.shape[1] > MAX_CHANNELS or rows * times < MIN_ROWS or not torch.backends.mkldnn.enabled or not packs():
         return weight
     return _reordered(weight, rows)
 
