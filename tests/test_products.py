@@ -24,7 +24,9 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("hint", [1, 40, 5000])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 2), (7, 1, 5), (6, 20, 1), (40, 96, 65), (12, 512, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 3, 2), (7, 1, 5), (6, 20, 1), (40, 96, 65), (12, 256, 1024), (12, 512, 1024)], ids=str
+)
 @torch.no_grad()
 def test_equals_the_definition(way, shape, hint):
     rows, C_in, C_out = shape
