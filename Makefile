@@ -18,9 +18,12 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt sdr_ke
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
+# glibc gives every large tensor back to the system, which then clears the same pages again: a quarter of a step
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
+
 define train_and_score
 	rm -rf $(DEMO)/$(1)model
-	$(BIN)/sdr train --data $(DEMO)/clips --out $(DEMO)/$(1)model $(TRAIN) $(2)
+	$(KEEP_MEMORY) $(BIN)/sdr train --data $(DEMO)/clips --out $(DEMO)/$(1)model $(TRAIN) $(2)
 	$(BIN)/sdr score $(DEMO)/data --truth $(DEMO)/data/videos.csv --split test \
 		--weights $(DEMO)/$(1)model/model.safetensors --out $(DEMO)/$(1)report
 endef
