@@ -6,6 +6,8 @@
 import ctypes
 import inspect
 import re
+import sys
+from collections import Counter
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -44,8 +46,16 @@ ROUNDING = "calls that the inputs' rounding decided"
 DRAWS = 9  # of a case's values, at most: by luck plain torch errs less in one, and a near tie more
 
 
-class InaccurateError(AssertionError):
-    """An error that is larger than it may be."""
+class Outcome(NamedTuple):
+    """How the results of one draw of values were compared.
+
+    Attributes:
+        words: of what there was.
+        wrong: the name of each result that errs more than it may, and what it says.
+    """
+
+    words: set[str]
+    wrong: dict[str, str]
 
 
 def results(function, inputs: list, dout: Tensor) -> list[Tensor]:
@@ -111,7 +121,7 @@ class Errors(NamedTuple):
 
 
 def check_accuracy(
-    name: str, errors: Errors, dtype: torch.dtype, size: Tensor, words: set[str], *, share: float = 0.0
+    name: str, errors: Errors, dtype: torch.dtype, size: Tensor, outcome: Outcome, *, share: float = 0.0
 ) -> None:
     """At most twice plain torch's error, or that of inputs that rounding cannot tell from the given ones, and 4 ulp.
 
@@ -120,7 +130,7 @@ def check_accuracy(
         errors: its own.
         dtype: that it is right to.
         size: of what its units in the last place are.
-        words: gets one where the inputs' rounding decided.
+        outcome: gets a word where the inputs' rounding decided, and what is wrong.
         share: of the elements that may err more.
     """
     if errors.truth.numel() == 0:
@@ -129,10 +139,10 @@ def check_accuracy(
     limit = 2 * errors.of_plain.max() + ulps
     if errors.of_value.max() <= limit:
         return
-    words.add(ROUNDING)
+    outcome.words.add(ROUNDING)
     wrong = errors.of_value > max(limit, 2 * errors.of_near.max() + ulps)
     if wrong.sum() > share * wrong.numel():
-        raise InaccurateError(f"{name}: error {errors.of_value.max():.3e}, limit {limit:.3e}, {wrong.sum()} wrong")
+        outcome.wrong[name] = f"error {errors.of_value.max():.3e}, limit {limit:.3e}, {wrong.sum()} wrong"
 
 
 def largest(values: list[Tensor]) -> Tensor:
@@ -159,12 +169,14 @@ def run_case(case: Case, dout: Tensor, rng: np.random.Generator, guards: ExitSta
     return [got, *(results(case.reference, each, dout) for each in inputs)]
 
 
-def compare(case: Case, dtype: torch.dtype, found: list[list[Tensor]]) -> set[str]:
-    """What there was of it: ``FULL``, or what kept some of the results from being compared."""
+def compare(case: Case, dtype: torch.dtype, found: list[list[Tensor]]) -> Outcome:
+    """Its words are ``FULL``, or what kept some of the results from being compared."""
     _, plain, truth, _ = found
+    outcome, first, end = Outcome(set(), {}), 0, len(truth)
+    words = outcome.words
     if any(beyond_range(*values) for values in zip(plain, truth, strict=True)):
-        return {"calls beyond the dtype's range"}
-    words, first, end = set(), 0, len(truth)
+        words.add("calls beyond the dtype's range")
+        return outcome
     share, least = FLAT[dtype]
     flat = [(var < share * mean.square() + least).any() for mean, var in case.statistics(truth)]
     known = 3 + 2 * flat.index(True) if any(flat) else end
@@ -181,11 +193,11 @@ def compare(case: Case, dtype: torch.dtype, found: list[list[Tensor]]) -> set[st
         words.add("calls whose gradients rounding decides")
         end = 1
     if first == 0:
-        check_result(case, *(values[0] for values in found), words)
+        check_result(case, *(values[0] for values in found), outcome)
     for i in range(1, min(end, 1 + 2 * case.norms)):
         mean, var = case.statistics(truth)[(i - 1) // 2]
         size = largest([(mean.square() + var).sqrt() if i % 2 else mean.square() + var])  # of the values it is of
-        check_accuracy(f"statistic {i}", Errors.make(*(values[i] for values in found)), dtype, size, words)
+        check_accuracy(f"statistic {i}", Errors.make(*(values[i] for values in found)), dtype, size, outcome)
     gradients = [[values[i] for values in found] for i in range(1 + 2 * case.norms, end)]
     size = largest([truth for _, _, truth, _ in gradients])
     for i, values in enumerate(gradients):
@@ -193,29 +205,31 @@ def compare(case: Case, dtype: torch.dtype, found: list[list[Tensor]]) -> set[st
         # through a batch norm it is what is left of larger ones
         own = max(largest([errors.truth]), SMALL * size * (case.norms > 0))
         share = TIES if case.norms and dtype == torch.float16 else 0.0
-        check_accuracy(f"gradient {i}", errors, dtype, own, words, share=share)
+        check_accuracy(f"gradient {i}", errors, dtype, own, outcome, share=share)
         if case.norms:
-            check_direction(f"gradient {i}", *values[::2], size)
-    return words if words - {ROUNDING} else {FULL, *words}
+            check_direction(f"gradient {i}", *values[::2], size, outcome)
+    if not words - {ROUNDING}:
+        words.add(FULL)
+    return outcome
 
 
-def check_result(case: Case, value: Tensor, plain: Tensor, truth: Tensor, _near: Tensor, words: set[str]) -> None:
+def check_result(case: Case, value: Tensor, plain: Tensor, truth: Tensor, _near: Tensor, outcome: Outcome) -> None:
     errors = Errors.make(value, plain, truth, truth)
-    check_accuracy("the result", errors, value.dtype, largest([errors.truth]), words)
+    check_accuracy("the result", errors, value.dtype, largest([errors.truth]), outcome)
     size = truth.square().mean().sqrt()
     if case.kind == "normal" and truth.numel() >= 64 and size > 0:
         error, of_plain = (x.square().mean().sqrt() / size for x in errors[1:3])
         if not error <= max(RMS[value.dtype], 2 * of_plain * (value.dtype == torch.float16)):
-            raise InaccurateError(f"relative error {error:.2e}, plain torch's {of_plain:.2e}")
+            outcome.wrong["the result"] = f"relative error {error:.2e}, plain torch's {of_plain:.2e}"
 
 
-def check_direction(name: str, value: Tensor, truth: Tensor, size: Tensor) -> None:
+def check_direction(name: str, value: Tensor, truth: Tensor, size: Tensor, outcome: Outcome) -> None:
     """A value that is 0 before a ReLU, to its rounding, turns a gradient a little; one that is wrong turns it far."""
     if not truth.isfinite().all() or largest([truth]) <= SMALL * size:
         return
     cosine = torch.cosine_similarity(value.double().flatten(), truth.flatten(), dim=0)
     if not cosine >= COSINE:
-        raise InaccurateError(f"{name}: cosine {cosine:.3f}")
+        outcome.wrong[name] = f"cosine {cosine:.3f}"
 
 
 def copied(x: Tensor) -> Tensor:
@@ -249,15 +263,15 @@ def some_tile(rng: np.random.Generator):
     return forced_tiles(choose)
 
 
-def attempt(op: str, impl: str, dtype: torch.dtype, arena: Arena, number: int, redrawn: int) -> set[str]:
-    """One draw of the values of one case; how it was compared, in words."""
+def attempt(op: str, impl: str, dtype: torch.dtype, arena: Arena, number: int, redrawn: int) -> Outcome:
+    """One draw of the values of one case."""
     kind = f"{op} {impl} {dtype}"
     sizes, values = draws.draw(kind, number), draws.draw(f"{kind} values {redrawn}", number)
     odd = Odd(sizes, values, dtype, arena)
     case = MAKERS[op](odd, impl)
     if case.refused:
         refuse(op, case)
-        return {REFUSED}
+        return Outcome({REFUSED}, {})
     guarded = launches_guarded if impl == "triton" else allocations_guarded
     with np.errstate(all="ignore"), ExitStack() as guards:
         guards.enter_context(guarded(lambda: bool(values.integers(2))))
@@ -268,19 +282,22 @@ def attempt(op: str, impl: str, dtype: torch.dtype, arena: Arena, number: int, r
 
 
 def check(op: str, impl: str, dtype: torch.dtype, arena: Arena, number: int) -> set[str]:
-    """Draws the values of a case until most draws are right."""
-    right, problems = 0, []
+    """Draws the values of a case until each result is right in most draws.
+
+    Each, not all at once: a call has up to 22, and in few elements every one is beyond twice plain torch's error now
+    and then, as plain torch is beyond twice ours.
+    """
+    times, problems = Counter(), []
     for redrawn in range(DRAWS):
         try:
-            words = attempt(op, impl, dtype, arena, number, redrawn)
-            right += 1
-        except InaccurateError as error:
-            problems.append(str(error))
+            words, wrong = attempt(op, impl, dtype, arena, number, redrawn)
         finally:
             arena.release()
-        if right > len(problems):
+        times.update(wrong.keys())
+        problems += [f"{name}: {problem}" for name, problem in wrong.items()]
+        if all(2 * count <= redrawn for count in times.values()):
             return words | ({AGAIN} if problems else set())
-    raise InaccurateError("; ".join(problems))
+    raise AssertionError("; ".join(problems))
 
 
 def result_shape(case: Case) -> list[int]:
@@ -303,6 +320,26 @@ def test_odd_tensors(op, impl, dtype, record_property):
     problems = [f"{draws.replay(test, number)}\n{problem}" for number, problem in failed.items()]
     assert not problems, "\n".join(problems)
     assert done < ENOUGH or 2 * words[FULL] >= done - words[REFUSED] - words[NOT_FINITE], f"too little: {words}"
+
+
+def drawn(monkeypatch, wrong: list[str]) -> set[str]:
+    """What ``check`` says of a case whose n-th draw is wrong in the result called ``wrong[n]``, and then in none."""
+    outcomes = iter([Outcome({FULL}, {name: "error"} if name else {}) for name in wrong + [""] * DRAWS])
+    monkeypatch.setattr(sys.modules[__name__], "attempt", lambda *_: next(outcomes))
+    return check("spatial_mean", "triton", torch.float32, Arena(), 0)
+
+
+@pytest.mark.parametrize(
+    "wrong", [["dx"] * 5, ["dx", "", "dx", "", "dx", "", "dx", "", "dx"], ["dx", "dw"] * 4 + ["dx"]], ids=str
+)
+def test_a_result_that_is_wrong_in_most_draws_is_wrong(monkeypatch, wrong):
+    with pytest.raises(AssertionError, match="dx: error"):
+        drawn(monkeypatch, wrong)
+
+
+@pytest.mark.parametrize("wrong", [["dx"], ["dx"] * 4, ["dx", "dw", "db", "dx"]], ids=str)
+def test_results_that_are_wrong_in_few_draws_are_right(monkeypatch, wrong):
+    assert drawn(monkeypatch, wrong) == {FULL, AGAIN}
 
 
 def reach(name: str, *, at_end: bool) -> dict[int, str]:
