@@ -57,7 +57,17 @@ def error_ratio(config, scheme: str, impl: str, dtype: torch.dtype, device: torc
     return error(found, exact) / error(eager, exact)
 
 
-# a pool that is nearly tied sends a gradient elsewhere by chance, so the median of several draws counts
+def check_median(draws: int, *case) -> None:
+    """The median error of an odd number of draws is at most twice eager's; none is drawn once that is certain.
+
+    A pool that is nearly tied sends a gradient elsewhere by chance, so one draw says little.
+    """
+    ratios = []
+    while sum(ratio <= 2 for ratio in ratios) <= draws // 2:
+        assert len(ratios) < draws, ratios
+        ratios.append(error_ratio(*case))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("preset", ["paper", "ftcn_released"])
 def test_gradients_err_like_eager(preset, scheme, impl, dtype, device):
@@ -65,17 +75,14 @@ def test_gradients_err_like_eager(preset, scheme, impl, dtype, device):
     if impl == "triton" and device.type == "cpu":  # interpreted
         draws = 1 if (preset, dtype) == ("paper", torch.float32) else 3
         config = replace(config, num_branches=2, num_frames=2, blocks=(1, 2, 1, 1))
-    ratios = [error_ratio(config, scheme, impl, dtype, device) for _ in range(draws)]
-    assert sorted(ratios)[draws // 2] <= 2, ratios
+    check_median(draws, config, scheme, impl, dtype, device)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("structure", ["tiny", "shared", "one branch"])
 def test_gradients_of_other_structures_err_like_eager(structure, scheme, dtype, device):
     """The same kernels, called otherwise: interpreted they would take minutes, and show what the presets show."""
-    impl = "triton" if device.type == "cuda" else "cpu"
-    ratios = [error_ratio(CONFIGS[structure], scheme, impl, dtype, device) for _ in range(5)]
-    assert sorted(ratios)[2] <= 2, ratios
+    check_median(5, CONFIGS[structure], scheme, "triton" if device.type == "cuda" else "cpu", dtype, device)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "shared"])
