@@ -207,6 +207,17 @@ def test_sums_in_float32_are_short(device):
     assert abs(sums.item() / (10000 * value) - 1) < 1e-6
 
 
+@pytest.mark.parametrize("C_in", [384, 512], ids=["in place", "written out"])
+def test_sums_of_float32_rows_are_float64(C_in, device):
+    """What is made of them is a difference, which sums in float32 would be gone from."""
+    z = torch.randn(1, 1, 1, 16, 64, 3, device=device, dtype=torch.float32) + 1
+    x, one = z.new_zeros(1, 1, 1, 16, 64, C_in), z.new_ones(1, 3)
+    coef = torch.stack([one, 0 * one, 0 * one, 0 * one])
+    _, sums = row_products(x, None, None, None, z, None, None, 1, z, coef, 1, "triton")
+    truth = z.double().sum((0, 2, 3, 4))
+    torch.testing.assert_close(sums, truth, rtol=1e-13, atol=0)
+
+
 @pytest.mark.promise(row="registered right")
 @pytest.mark.parametrize("shape", [(1, 2, 16, 20, 3, 3, 2, 2), (1, 1, 130, 5, 3, 3, 2, 2)], ids=["in place", "written"])
 def test_registration(shape, device):

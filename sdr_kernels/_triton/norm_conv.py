@@ -132,8 +132,8 @@ def _conv_moments_kernel(
     scale_ptr, shift_ptr,  # [V, C_in] float32, or None
     w_ptr,  # [V, KERNEL, C_in, C_out]
     out_ptr,  # [B, V, num_rows, C_out]
-    # [B, V, row tiles, 2, C_out] float32, or float64 for float32 rows: mean less the tile's first row, and the sum of
-    partial_ptr,  # squared deviations
+    # mean less the tile's first row, and the sum of squared deviations; float64 for float32 rows
+    partial_ptr,  # [B, V, row tiles, 2, C_out] float32
     V, num_rows, tap_rows, C_in, C_out,
     KERNEL: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -172,7 +172,7 @@ def _conv_moments_kernel(
 @triton.jit(do_not_specialize=["B", "V", "num_rows", "splits"])
 def _sum_tiles_kernel(
     out_ptr,  # [B, V, num_rows, C]
-    partial_ptr,  # [B, V, row tiles, 2, C] float32
+    partial_ptr,  # [B, V, row tiles, 2, C] float32, or float64 for float32 rows
     sums_ptr,  # [splits, V, 2, C] float64: of deviations from the branch's first row, and of their squares
     B, V, num_rows, C, splits,
     TILE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -20,7 +20,7 @@ from sdr_kernels._tiles import choose_tile, precision_class
 from sdr_kernels._triton._rows import at, load_gradient, load_values, normed
 
 PROGRAMS = 1024  # enough to fill a large GPU several times over, whatever the GPU: the result must not depend on it
-CHAIN = 16384  # rows that a program sums at most, in float32: tensor cores cut a sum off every 16, 2e-5 of it in all
+CHAIN = 16384  # rows that a program sums at most: tensor cores cut a float32 sum off every 16, 2e-5 of it in all
 FEWEST = 8  # row tiles of a program at least: what it writes should be little beside what it reads
 READS = 4  # of gradient rows, by so many tiles and taps, from which on it is less to read if they are written out first
 
@@ -143,7 +143,7 @@ def _gradient_rows_kernel(
     center = load_values(at(coef_ptr, (3 * V + branch) * C), columns, C)
     row_tiles = tl.cdiv(tl.cast(num_rows, tl.int64), BLOCK_K).to(tl.int32)
     first, end = share(split, splits, B, row_tiles)
-    sums = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_K, BLOCK_N), tl.float64 if out_ptr.dtype.element_ty == tl.float32 else tl.float32)
     for step in range(first, end):
         clip = (step // row_tiles).to(tl.int64) * V + branch
         rows = (step % row_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -153,7 +153,7 @@ def _gradient_rows_kernel(
             d_ptr + pooled * C, at(y_ptr, pooled * C), at(code_ptr, pooled * code_bytes),
             at(z_ptr, clip_row * C), factor, slope, offset, center, rows, columns, mask, C, T, H, W, POOL, quads,
         )  # fmt: skip
-        sums += g
+        sums += g.to(sums.dtype)
         tl.store(out_ptr + ((clip_row + rows)[:, None] * C + columns[None, :]), g.to(out_ptr.dtype.element_ty), mask)
     tl.store(sums_ptr + ((split * V + branch) * C + columns), tl.sum(sums.to(tl.float64), 0), mask=columns < C)
 

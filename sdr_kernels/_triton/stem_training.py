@@ -91,7 +91,7 @@ def _patch_moments_kernel(
                 current = current.to(x.dtype)
             offsets, taps = patch_taps(tl.cast(t, tl.int64) + 1, T, stride_c, stride_t, KERNEL)
             x = tl.load(ptrs + offsets[:, None], mask=taps[:, None] & pixel_mask, other=0.0)
-            # float32 for few pixels at a time: tensor cores cut sums off, and changes over time are small differences
+            # without a pivot float32, for few pixels at a time: tensor cores cut sums off, and changes are differences
             acc += tl.dot(current, tl.trans(current), input_precision="ieee").to(tl.float64)
     index = (share * V + branch) * 256 + (tap[:, None] * 16 + tap[None, :])
     tl.store(partial_ptr + index, acc)
