@@ -18,7 +18,8 @@ $(VENV)/installed: pyproject.toml constraints.txt setup.py CMakeLists.txt sdr_ke
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@
 
-# glibc gives every large tensor back to the system, which then clears the same pages again: 28 s of steps became 21 on an Intel Xeon with one thread, torch 2.13
+# glibc gives every large tensor back to the system, which then clears the same pages again: 28 s of steps become
+# 21 s without, on an Intel Xeon with one thread and torch 2.13
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
 
 define train_and_score
