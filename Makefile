@@ -43,10 +43,10 @@ control: $(DEMO)/data
 $(DEMO)/data:
 	$(MAKE) demo
 
-# TEST='-k videos' chooses
+# TEST='-k videos' chooses; stolen work, since a worker that has a module's tests in a row makes its fixtures alone
 test: TEST :=
 test: $(VENV)/installed
-	$(BIN)/pytest -n 2 -p no:benchmark $(TEST)
+	$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark $(TEST)
 
 # the promises at full length, hours on two cores, and the table of docs/promises.md; SOAK='-k videos', SEED=number
 soak: $(VENV)/installed
