@@ -43,15 +43,18 @@ control: $(DEMO)/data
 $(DEMO)/data:
 	$(MAKE) demo
 
-# TEST='-k videos' chooses; stolen work, since a worker that has a module's tests in a row makes its fixtures alone
+# with worksteal a worker has tests that are neighbours, so most modules' fixtures are made once
+PYTEST := $(BIN)/pytest -n 2 --dist worksteal -p no:benchmark
+
+# TEST='-k videos' chooses
 test: TEST :=
 test: $(VENV)/installed
-	$(BIN)/pytest -n 2 --dist worksteal -p no:benchmark $(TEST)
+	$(PYTEST) $(TEST)
 
 # the promises at full length, hours on two cores, and the table of docs/promises.md; SOAK='-k videos', SEED=number
 soak: $(VENV)/installed
 	SDR_SEED=$(SEED) SDR_FILES=10000 SDR_CASES=1000 SDR_CHECKPOINTS=10000 SDR_KILLS=50 SDR_CLIPS=2000 \
-		$(BIN)/pytest -n 2 -p no:benchmark -m promise --promises tests/results/promises.json $(SOAK); \
+		$(PYTEST) -m promise --promises tests/results/promises.json $(SOAK); \
 		code=$$?; $(BIN)/python tests/promises.py && exit $$code
 
 # mistakes planted in copies of this tree, each of which a test must catch; FAULTS='word ...' chooses

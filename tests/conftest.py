@@ -15,9 +15,9 @@ from promises import pytest_addoption, pytest_collection_modifyitems, pytest_con
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: its kernels run on CPU tensors
-    import interpreter
+    import quick_interpreter
 
-    interpreter.quicken()
+    quick_interpreter.quicken()
 
 
 @pytest.fixture(autouse=True)
