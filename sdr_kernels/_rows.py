@@ -49,7 +49,7 @@ def wide(x: Tensor, *shape: int) -> Tensor:
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Of sums over the rows of a tile: what is made of them would show a float32 sum of float32 rows, no other."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
+    return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
 def _fake_conv_moments(x, scale, shift, weight):
