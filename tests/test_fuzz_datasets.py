@@ -174,7 +174,8 @@ def mutate_shard(rng: np.random.Generator, path: Path) -> None:
     elif kind == 5:
         members.append(members[0])
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w", format=pick(rng, (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT))) as tar:
+    plain = tarfile.GNU_FORMAT if kind == 3 else tarfile.USTAR_FORMAT  # which has no room for long names
+    with tarfile.open(fileobj=data, mode="w", format=pick(rng, (plain, tarfile.PAX_FORMAT))) as tar:
         for member, content in [(clip, pixels), (row, text), *members[2:]]:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

@@ -57,6 +57,16 @@ def ending(path) -> tuple[str, str]:
     return word, line
 
 
+def other_descriptors_stay(before: int) -> bool:
+    """Whether more or fewer are open for a second; a thread of an earlier test may open one for a moment."""
+    end = time.monotonic() + 1
+    while open_descriptors() != before:
+        if time.monotonic() > end:
+            return True
+        time.sleep(0.01)
+    return False
+
+
 @pytest.mark.promise(row="fuzz")
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_mutated_files_end_as_frames_or_one_line(tmp_path, name, record_property):
@@ -75,7 +85,7 @@ def test_mutated_files_end_as_frames_or_one_line(tmp_path, name, record_property
             endings[word] += 1
             said = bool(line) or word == "whole"
             one_line = said and line.isprintable() and (path.name in line or word != "refused")
-            if word not in ("whole", "damaged", "refused") or not one_line or open_descriptors() != before:
+            if word not in ("whole", "damaged", "refused") or not one_line or other_descriptors_stay(before):
                 bad.append(f"{word}: {line}: {replay(f'tests/test_fuzz_videos.py -k {name}', number)}")
                 before = open_descriptors()
         assert_no_children()
