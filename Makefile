@@ -51,7 +51,7 @@ test: TEST :=
 test: $(VENV)/installed
 	$(PYTEST) $(TEST)
 
-# the promises at full length, hours on two cores, and the table of docs/promises.md; SOAK='-k videos', SEED=number
+# the promises at full length, over an hour on two cores, and the table of docs/promises.md; SOAK='-k videos', SEED=number
 soak: $(VENV)/installed
 	SDR_SEED=$(SEED) SDR_FILES=10000 SDR_CASES=1000 SDR_CHECKPOINTS=10000 SDR_KILLS=50 SDR_CLIPS=2000 \
 		$(PYTEST) -m promise --promises tests/results/promises.json $(SOAK); \
